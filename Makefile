@@ -1,0 +1,40 @@
+# `make train` and `make test` do all set-up themselves: a virtual environment with the tested versions in .venv.
+# Variables: PYTHON (the interpreter to start from), VENV (where to put the environment), and ARGS, which go to the
+# training script or to pytest: make train ARGS="--steps 100", make test ARGS="-k mask".
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TYPES := build/types/sparse24
+
+.PHONY: train test lint clean
+.DELETE_ON_ERROR:
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+train: $(STAMP)
+	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+# Two workers of one thread each: more threads than cores make torch's small CPU kernels many times slower.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(ARGS)
+
+# mypy reads a copy of the packages laid out as they are installed; its messages name the true files.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TYPES) && mkdir -p $(TYPES)
+	cp -Rp sparse24/. compiler passes kernels $(TYPES)
+	$(BIN)/mypy $(TYPES) examples | sed -E 's#^build/types/(sparse24/(compiler|passes|kernels))?#\2#'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train,test,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""What torch.compile calls, and what the user holds: backend, recipe, weights, step, session."""

@@ -1,0 +1,256 @@
+"""The backend: what torch.compile(model, backend="sparse24") calls for every graph that Dynamo captures.
+
+Found through the entry point group `torch_dynamo_backends`. The callable it returns looks up the state of each weight it is
+given, picks the compiled graph for the weights that are sparse at that moment, and appends their packed forms as inputs: state
+follows the weight and not the graph, so one graph serves every block of a model that is compiled block by block.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..kernels import providers
+from ..passes.find import Linear, find_linears
+from ..passes.rewrite import Group, rewrite
+from . import (
+    step as step,  # registers the optimizer hooks
+    weights,
+)
+from .errors import SkippedError
+from .recipe import Recipe
+from .seeds import draw_seed, seeds_on
+from .weights import SparseWeight
+
+log = logging.getLogger("sparse24")
+
+Compiled = Callable[..., Any]
+_said: set[str] = set()
+
+
+def sparse24(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Compiled:
+    """Compile one Dynamo graph with 2:4 sparse linears.
+
+    options: the fields of `Recipe`. mode: one of Inductor's ("reduce-overhead", "max-autotune", ...). name is not used.
+    Raises OptionError (a ValueError) on a bad option, SkippedError under strict=True; anything that cannot be made sparse
+    stays dense and is reported.
+    """
+    recipe = Recipe.from_options(options)
+    if any(isinstance(x, FakeTensor) for x in example_inputs):
+        return _compile_inner(gm, example_inputs, recipe, mode)  # traced without data: there are no weights to pack
+    return SparseGraph(gm, example_inputs, recipe, mode)
+
+
+class SparseGraph:
+    """One Dynamo graph and its compiled variants, one for each set of weights that is sparse at a call.
+
+    In a run there are two: all found weights sparse, then none. Variants are compiled when first needed; where shapes are
+    dynamic both are compiled at once, since a later compilation could not add guards.
+    """
+
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], recipe: Recipe, mode: str | None) -> None:
+        self.original, self.recipe, self.mode = gm, recipe, mode
+        self.input_names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+        position = {n: i for i, n in enumerate(self.input_names)}
+        self.linears: list[Linear] = []
+        try:
+            self.linears = find_linears(
+                gm,
+                layers=recipe.layers,
+                skip=recipe.skip,
+                ineligible=lambda placeholder: ineligible(example_inputs[position[placeholder]]),
+            )
+        except Exception:
+            if recipe.strict:
+                raise
+            log.exception("sparse24: could not read a graph; it stays dense")
+        self.sites: list[tuple[int, Linear]] = []  # (which input is the weight, its linear)
+        for linear in self.linears:
+            param = example_inputs[position[linear.weight]] if linear.weight else None
+            reason = linear.reason or (_why_slow(param, linear) if recipe.when == "faster" else None)
+            if reason is None:
+                self.sites.append((position[linear.weight], linear))
+                weights.attach(param, linear.name, recipe)
+            else:
+                self._leave_dense(param, linear, reason)
+        self.dynamic = any(_is_dynamic(n) for n in gm.graph.nodes if n.op == "placeholder")
+        self.variants: dict[int, Compiled] = {}
+        self._variant(self._active(example_inputs), example_inputs, at_compile_time=True)
+        if self.dynamic and self.sites:
+            self._variant(0, example_inputs, at_compile_time=True)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._variant(self._active(args), args)(*args)
+
+    def _weight(self, args: Sequence[Any], site: int) -> SparseWeight:
+        index, linear = self.sites[site]
+        weight = weights.get(args[index])
+        return weights.attach(args[index], linear.name, self.recipe) if weight is None else weight
+
+    def _active(self, args: Sequence[Any]) -> int:
+        """Bit i: site i is sparse at this call."""
+        active = 0
+        for site in range(len(self.sites)):
+            active |= self._weight(args, site).sparse << site
+        return active
+
+    def _variant(self, active: int, args: Sequence[Any], at_compile_time: bool = False) -> Compiled:
+        found = self.variants.get(active)
+        if found is None:
+            found = self.variants[active] = self._compile(active, args, at_compile_time)
+        return found
+
+    def _compile(self, active: int, args: Sequence[Any], at_compile_time: bool) -> Compiled:
+        inner = self.recipe
+        if self.dynamic and not at_compile_time:
+            log.warning("sparse24: a graph with dynamic shapes runs uncompiled for a set of sparse layers met after compilation")
+            inner = Recipe(inner="eager")
+        gm = copy.deepcopy(self.original)
+        if not active:
+            return _compile_inner(gm, args, inner, self.mode)
+        sites = [i for i in range(len(self.sites)) if active >> i & 1]
+        try:
+            groups = rewrite(gm, [self.sites[i][1] for i in sites], wgrad=self.recipe.wgrad)
+            _name_sources(gm)
+            variant = Variant(self, groups)
+            variant.compiled = _compile_inner(gm, [*args, *variant.examples(args)], inner, self.mode)
+            return variant
+        except weights.NotFiniteError:
+            raise
+        except Exception as error:
+            if self.recipe.strict:
+                raise
+            log.exception("sparse24: could not compile a graph with sparse layers; they stay dense")
+            for i in sites:
+                index, linear = self.sites[i]
+                weight = weights.attach(args[index], linear.name, self.recipe)
+                weight.to_dense()
+                weight.reason_skipped = f"compilation failed: {type(error).__name__}: {error}"
+            return self._variant(0, args, at_compile_time)
+
+    def _leave_dense(self, param: Any, linear: Linear, reason: str) -> None:
+        if linear.wanted:
+            message = f"sparse24: {linear.name}: {reason}; it stays dense (skip it to silence this)"
+            if self.recipe.strict:
+                raise SkippedError(message)
+            if message not in _said:
+                _said.add(message)
+                log.warning(message)
+        if isinstance(param, torch.nn.Parameter):
+            weights.skip(param, linear.name, self.recipe, reason)
+
+
+class Variant:
+    """A compiled graph with sparse layers: calls it with the operands and random seeds of the weights it is given."""
+
+    compiled: Compiled
+
+    def __init__(self, graph: SparseGraph, groups: Sequence[Group]) -> None:
+        self.recipe = graph.recipe
+        inputs = {linear: index for index, linear in graph.sites}
+        self.groups = [(group, [inputs[linear] for linear in group.linears]) for group in groups]
+        self.draws = self.recipe.wgrad == "mvue"
+
+    def _weights(self, args: Sequence[Any]) -> list[tuple[SparseWeight, ...]]:
+        found = []
+        for _, indices in self.groups:
+            members = tuple(weights.get(args[i]) for i in indices)
+            assert None not in members
+            found.append(members)
+        return found  # type: ignore[return-value]
+
+    def _operands(self, groups: list[tuple[SparseWeight, ...]]) -> list[Tensor]:
+        tensors: list[Tensor] = []
+        for (group, _), members in zip(self.groups, groups, strict=True):
+            for weight in members:
+                weight.follow()
+            tensors += weights.operand_of(members, group.dtype, group.transposed).inputs
+        return tensors
+
+    def __call__(self, *args: Any) -> Any:
+        groups = self._weights(args)
+        operands = self._operands(groups)
+        seeds = [0] * len(groups)
+        if self.draws and torch.is_grad_enabled():
+            seeds = [draw_seed(members[0]) for members in groups]
+            for members in groups:
+                for weight in members:
+                    weight.calls += 1
+        return self.compiled(*args, seeds_on(seeds, operands[0].device), *operands)
+
+    def examples(self, args: Sequence[Any]) -> list[Any]:
+        """Operands to compile with; static ones where shapes are dynamic."""
+        groups = self._weights(args)
+        operands = self._operands(groups)
+        examples = [seeds_on([0] * len(groups), operands[0].device), *operands]
+        context = TracingContext.try_get()
+        if context is None or context.fake_mode is None or self.recipe.inner == "eager":
+            return examples
+        return [context.fake_mode.from_tensor(t, static_shapes=True) for t in examples]
+
+
+def ineligible(param: Any) -> str | None:
+    """Why a graph input cannot be a sparse weight, None where it can. A weight that is sparse already may be frozen."""
+    if not isinstance(param, torch.nn.Parameter):
+        return "its weight is not an nn.Parameter"
+    if is_traceable_wrapper_subclass(param):
+        return f"its weight is a {type(param).__name__}"
+    if param.device.type not in ("cpu", "cuda"):
+        return f"its weight is on device {param.device}, need cpu or cuda"
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its weight is {str(param.dtype).removeprefix('torch.')}, need float32, bfloat16 or float16"
+    known = weights.get(param)
+    if not param.requires_grad and (known is None or known.reason_skipped is not None):
+        return "its weight is frozen (requires_grad=False)"
+    return None
+
+
+def _why_slow(param: Any, linear: Linear) -> str | None:
+    return providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
+
+
+def _is_dynamic(placeholder: torch.fx.Node) -> bool:
+    example = placeholder.meta.get("example_value")
+    if isinstance(example, Tensor):
+        return any(isinstance(s, torch.SymInt) for s in example.shape)
+    return isinstance(example, torch.SymInt)
+
+
+def _name_sources(gm: GraphModule) -> None:
+    """AOTAutograd wants a source on every placeholder; CUDA graphs want to know that operands stay where they are."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and getattr(node, "_dynamo_source", None) is None:
+            node._dynamo_source = ConstantSource(source_name=node.name)  # type: ignore[attr-defined]
+            if "packed" in node.name:
+                node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def _compile_inner(gm: GraphModule, inputs: Sequence[Any], recipe: Recipe, mode: str | None) -> Compiled:
+    if recipe.inner == "eager":
+        return gm
+    if recipe.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        compiled: Compiled = aot_eager(gm, list(inputs))
+        return compiled
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **recipe.inductor}
+    compiled = compile_fx(gm, list(inputs), config_patches=patches or None)
+    return compiled

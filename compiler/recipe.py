@@ -1,0 +1,100 @@
+"""The recipe: the options of `torch.compile(model, backend="sparse24", options={...})`."""
+
+import difflib
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import OptionError
+
+
+def _check(name: str, found: object, ok: bool, need: str) -> None:
+    if not ok:
+        raise OptionError(f"sparse24: found option {name}={found!r}, need {need}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_patterns(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to train 2:4 (arXiv 2404.01847; numbers of sections below are the paper's).
+
+    decay          lambda of the masked decay, added once per optimizer step to the gradient of every pruned weight:
+                   g += decay * (1 - M) * W (4.1). It depends on loss reduction, batch size and optimizer; values from 6e-6 to
+                   1e-3 are in use, and 2e-4 is a start for AdamW and a mean loss. 0 turns it off.
+    decay_on       "gradient"; or "weight" for the original SR-STE form, W -= lr * decay * (1 - M) * W.
+    refresh_every  optimizer steps between two searches of the masks; the kept values follow W at every step.
+    dense_after    optimizer steps after which all layers are dense (4.4: the last sixth of the run); None: never.
+    wgrad          "mvue": weight gradients from 2:4-pruned, unbiased output gradients (3.3); "dense": from dense ones.
+    layers         "ffn"; "all" for attention projections too; or fnmatch patterns of parameter names.
+    skip           fnmatch patterns of parameter names that stay dense.
+    when           "faster": sparse only where a sparse matmul exists for the device and dtype; "always": everywhere, if
+                   need be by masked dense matmuls. On a CPU both mean everywhere.
+    seed           of the random draws of "mvue".
+    inner          what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
+    inductor       Inductor's own options, as torch.compile's options take them.
+    strict         raise where a wanted layer would stay dense.
+
+    Raises OptionError (a ValueError) on values out of range.
+    """
+
+    decay: float = 2e-4
+    decay_on: str = "gradient"
+    refresh_every: int = 40
+    dense_after: int | None = None
+    wgrad: str = "mvue"
+    layers: str | tuple[str, ...] = "ffn"
+    skip: tuple[str, ...] = ()
+    when: str = "faster"
+    seed: int = 0
+    inner: str = "inductor"
+    inductor: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        real = isinstance(self.decay, numbers.Real) and not isinstance(self.decay, bool)
+        _check("decay", self.decay, real and 0 <= self.decay < float("inf"), "a finite number >= 0")
+        _check("refresh_every", self.refresh_every, _is_int(self.refresh_every) and self.refresh_every > 0, "an int >= 1")
+        after = self.dense_after
+        _check("dense_after", after, after is None or (_is_int(after) and after >= 0), "None or an int >= 0")
+        _check("seed", self.seed, _is_int(self.seed), "an int")
+        for name, valid in _CHOICES.items():
+            _check(name, getattr(self, name), getattr(self, name) in valid, " or ".join(map(repr, valid)))
+        good = self.layers in ("ffn", "all") if isinstance(self.layers, str) else _is_patterns(self.layers)
+        _check("layers", self.layers, good, "'ffn', 'all' or a list of patterns of parameter names")
+        _check("skip", self.skip, _is_patterns(self.skip), "a list of patterns of parameter names")
+        _check("inductor", self.inductor, isinstance(self.inductor, Mapping), "a dict of Inductor's options")
+        _check("strict", self.strict, isinstance(self.strict, bool), "True or False")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        if not isinstance(self.layers, str):
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> "Recipe":
+        """The recipe of torch.compile's options. Raises OptionError that lists the valid ones on an unknown key."""
+        valid = [f.name for f in fields(cls)]
+        unknown = [key for key in options or {} if key not in valid]
+        if unknown:
+            close = difflib.get_close_matches(str(unknown[0]), valid, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise OptionError(f"sparse24: found unknown option {unknown[0]!r}{hint}; valid are {', '.join(valid)}")
+        return cls(**(options or {}))
+
+    def method(self) -> dict[str, Any]:
+        """What decides the numbers of a run, and so has to agree between a saved state and its continuation."""
+        return {k: v for k, v in asdict(self).items() if k not in ("inner", "inductor", "when", "strict")}
+
+
+_CHOICES = {
+    "decay_on": ("gradient", "weight"),
+    "wgrad": ("mvue", "dense"),
+    "when": ("faster", "always"),
+    "inner": ("inductor", "aot_eager", "eager"),
+}

@@ -1,0 +1,36 @@
+"""The seed rule of the random draws (method section 7)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .weights import SparseWeight
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(h: int) -> int:
+    """The finaliser of splitmix64: a bijection of 64-bit integers."""
+    h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & _MASK
+    return h ^ (h >> 31)
+
+
+def draw_seed(weight: SparseWeight) -> int:
+    """A signed 64-bit seed: a function of (run seed, optimizer step, micro-step, layer, rank) and nothing else.
+
+    It is apart from torch's generators, so dropout draws the same numbers with and without this backend.
+    """
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    h = 0x9E3779B97F4A7C15
+    for part in (weight.recipe.seed, weight.step, weight.calls, weight.layer, rank):
+        h = _mix((h + (part & _MASK) * 0x9E3779B97F4A7C15 + 1) & _MASK)
+    return h - (1 << 64) if h >> 63 else h
+
+
+def seeds_on(seeds: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [n] on `device`, without waiting for it."""
+    host = torch.tensor(seeds, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)

@@ -1,0 +1,147 @@
+"""Session: what the user holds of a run. A view of the registry for one model; it keeps no state of its own."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from . import weights
+from .errors import StateError
+from .weights import SparseWeight
+
+_FORMAT = 1
+
+
+def session(model: nn.Module) -> "Session":
+    """The session of a model or of its compiled wrapper. May be asked for at any time, before the first forward too."""
+    return Session(model)
+
+
+class Session:
+    """The sparse training of one model.
+
+    Layers become known when torch.compile first runs them; before that `weights` is empty, and `load_state_dict`, `to_dense`
+    and `to_sparse` are kept for them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"sparse24: found {type(model).__name__}, need an nn.Module or its compiled wrapper")
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
+
+    @property
+    def weights(self) -> dict[str, SparseWeight]:
+        """{parameter name: SparseWeight} of every linear met so far; those left dense say why in `reason_skipped`."""
+        found = {}
+        for name, param in self.model.named_parameters():
+            weight = weights.get(param)
+            if weight is not None:
+                weight.name = name
+                found[name] = weight
+        return found
+
+    def _sparse(self) -> Iterator[SparseWeight]:
+        """The weights that take part, in either phase."""
+        return (w for w in self.weights.values() if w.reason_skipped is None)
+
+    @property
+    def phase(self) -> str:
+        """"sparse" while any layer is, else "dense"."""
+        return "sparse" if any(w.sparse for w in self._sparse()) else "dense"
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken with sparse layers known."""
+        return max((w.step for w in self._sparse()), default=0)
+
+    def flip_rate(self) -> float:
+        """Share of mask bits that changed at the last refresh, pooled over the sparse layers (paper, section 4.2).
+
+        Over `refresh_every` optimizer steps, in [0, 1]; 0.0 before the first refresh.
+        """
+        refreshed = [w for w in self._sparse() if w.flips is not None]
+        total = sum(w.shape[0] * w.shape[1] for w in refreshed)
+        return sum(w.flips or 0 for w in refreshed) / total if total else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log: step, sparse (1.0 or 0.0), flip_rate, refresh_every, sparse_weights, dense_weights."""
+        everything = self.weights.values()
+        sparse = [w for w in everything if w.reason_skipped is None]
+        return {
+            "step": float(self.step),
+            "sparse": float(self.phase == "sparse"),
+            "flip_rate": self.flip_rate(),
+            "refresh_every": float(sparse[0].recipe.refresh_every if sparse else 0),
+            "sparse_weights": float(len(sparse)),
+            "dense_weights": float(len(everything) - len(sparse)),
+        }
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind: dense masters of the sparse layers, their packed forms (W and W^T), masks kept without them."""
+        known = list(self._sparse())
+        operands = {id(o): o for w in known for o in w.operands.values()}.values()
+        kept = [w._last_mask for w in known if w._last_mask is not None]
+        return {
+            "masters": sum(w.param.nbytes for w in known),
+            "packed": sum(o.inputs[0].nbytes for o in operands),
+            "packed_t": sum(o.inputs[1].nbytes for o in operands),
+            "masks": sum(m.nbytes for m in kept),
+        }
+
+    def to_dense(self) -> None:
+        """From the next forward on all layers are dense, without decay: the last phase of training."""
+        self._expect_phase("dense")
+        for weight in self._sparse():
+            weight.to_dense()
+
+    def to_sparse(self) -> None:
+        """From the next forward on the layers are 2:4 again, with masks searched anew."""
+        self._expect_phase("sparse")
+        for weight in self._sparse():
+            weight.to_sparse()
+
+    def _expect_phase(self, phase: str) -> None:
+        for param in self.model.parameters():
+            if weights.get(param) is None:
+                weights.expect(param, {"phase": phase})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside model and optimizer that the next step depends on: masks, counters, phase, recipe.
+
+        Tensors are on the CPU. Restored in a new process with `load_state_dict`, a run goes on with the same numbers.
+        """
+        known = {name: w for name, w in self.weights.items() if w.reason_skipped is None}
+        return {
+            "format": _FORMAT,
+            "recipe": {name: w.recipe.method() for name, w in known.items()},
+            "weights": {name: w.state() for name, w in known.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Take over a `state_dict`, before or after the first forward, once the model holds its own weights.
+
+        Raises StateError (a ValueError) that names the difference where the state is another model's or another recipe's;
+        where layers are not known yet, a difference of recipe raises at the first forward. strict=False accepts another
+        recipe and goes on under it.
+        """
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            found = state.get("format") if isinstance(state, dict) else type(state).__name__
+            raise StateError(f"sparse24: found session state of format {found!r}, need format {_FORMAT}")
+        params = dict(self.model.named_parameters())
+        for name, saved in state["weights"].items():
+            if name not in params:
+                raise StateError(f"sparse24: the state holds {name}, which this model does not have")
+            if list(params[name].shape) != list(saved["shape"]):
+                raise StateError(
+                    f"sparse24: the state holds {name} with shape {tuple(saved['shape'])}, this model's is "
+                    f"{tuple(params[name].shape)}"
+                )
+        for name, weight in self.weights.items():
+            if weight.reason_skipped is None and name not in state["weights"]:
+                raise StateError(f"sparse24: this model trains {name} sparse, which the state does not hold")
+            if weight.reason_skipped is None and strict:
+                weights.check_recipe(state["recipe"][name], weight.recipe)
+        for name, saved in state["weights"].items():
+            recipe = {"recipe": state["recipe"][name]} if strict else {}
+            weights.expect(params[name], {**saved, **recipe})
+

@@ -1,0 +1,147 @@
+"""What happens around an optimizer step, through torch's global optimizer hooks: no change to a training loop.
+
+Before it: masked decay on the gradients of its sparse weights. After it: new values for the packed forms, at the refresh
+interval new masks. A step that a GradScaler skips, or a weight that got no gradient, changes nothing.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from ..kernels import ops
+from . import weights
+from .weights import SparseWeight
+
+log = logging.getLogger("sparse24")
+
+_stepping: Any = weakref.WeakKeyDictionary()  # optimizer -> its weights that got a gradient
+_judged: Any = weakref.WeakSet()  # optimizers whose kind was looked at
+
+
+class _Deferred:
+    """Counts of NaN on their way from a GPU: looked at before the next step, so that no step waits for them."""
+
+    def __init__(self, stepped: list[SparseWeight], stats: torch.Tensor) -> None:
+        self.weights, self.steps = stepped, [w.step for w in stepped]
+        self.host = torch.empty(stats.shape, dtype=stats.dtype, pin_memory=True)
+        self.host.copy_(stats, non_blocking=True)
+        self.done = torch.cuda.Event()
+        self.done.record()
+
+    def check(self) -> None:
+        self.done.synchronize()
+        for weight, step, row in zip(self.weights, self.steps, self.host.tolist(), strict=True):
+            weights.check_stats([weight], [row], step)
+
+
+_deferred: list[_Deferred] = []
+
+
+def _weights_of(optimizer: Optimizer) -> list[tuple[SparseWeight, dict[str, Any]]]:
+    """Registered weights of an optimizer that have a gradient, with their parameter group."""
+    found = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                weight = weights.get(param)
+                if weight is not None and weight.reason_skipped is None:
+                    found.append((weight, group))
+    return found
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """A fused optimizer under a GradScaler is called even where it will skip the step; it then carries `found_inf`."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item())
+
+
+def _decay(optimizer: Optimizer) -> None:
+    stepping = _weights_of(optimizer)
+    if stepping and _skipped(optimizer):
+        stepping = []
+    _stepping[optimizer] = [weight for weight, _ in stepping]
+    scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its kernel
+    for weight, group in stepping:
+        decay = weight.recipe.decay
+        if not decay or not weight.sparse or not weight.operands:
+            continue
+        param = weight.param
+        operand = next(iter(weight.operands.values()))
+        where = operand.where(weight)
+        if weight.recipe.decay_on == "weight":
+            with torch.no_grad():
+                ops.masked_decay_(param.detach(), param.detach(), operand.packed, *where, -float(group["lr"]) * decay)
+        else:
+            assert param.grad is not None
+            factor = decay if scale is None else decay * float(scale)
+            ops.masked_decay_(param.grad.detach(), param.detach(), operand.packed, *where, factor)
+
+
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    while _deferred:
+        _deferred.pop().check()
+    closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        _decay(optimizer)
+        return None
+
+    def closure_then_decay() -> Any:
+        loss = closure()
+        _decay(optimizer)
+        return loss
+
+    wrapped: Callable[[], Any] = closure_then_decay
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": wrapped}
+    return (args[0], wrapped, *args[2:]), kwargs
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    stepped: list[SparseWeight] = _stepping.pop(optimizer, [])
+    if not stepped:
+        return
+    if optimizer not in _judged:
+        _judge(optimizer, stepped)
+    searched = {id(weight) for weight in stepped if weight.advance()}
+    packed = [weight for weight in stepped if weight.sparse and weight.operands]
+    by_device: dict[torch.device, list[SparseWeight]] = {}
+    for weight in packed:
+        by_device.setdefault(weight.param.device, []).append(weight)
+    for device, members in by_device.items():
+        stats = torch.stack([weight.stats for weight in members if weight.stats is not None])
+        if device.type == "cuda" and not any(id(weight) in searched for weight in members):
+            with torch.cuda.device(device):
+                _deferred.append(_Deferred(members, stats))
+            continue
+        rows = stats.tolist()
+        weights.check_stats(members, rows)
+        for weight, (flips, _) in zip(members, rows, strict=True):
+            if id(weight) in searched:
+                weight.flips = flips
+
+
+def _judge(optimizer: Optimizer, stepped: list[SparseWeight]) -> None:
+    """Warn once of optimizers without second moments: the decay's meaning rests on Adam's 1 / sqrt(v)."""
+    _judged.add(optimizer)
+    if not any(w.sparse and w.recipe.decay and w.recipe.decay_on == "gradient" for w in stepped):
+        return
+    state = optimizer.state.get(stepped[0].param, {})
+    second = ("sq", "var", "sum", "inf", "second")
+    if not any(any(mark in str(key) for mark in second) or key == "v" for key in state):
+        log.warning(
+            "sparse24: found the optimizer %s without second moments; the masked decay is meant for Adam-like ones, which "
+            "divide it by sqrt(v). Search decay for this optimizer anew, or use decay_on='weight'",
+            type(optimizer).__name__,
+        )
+
+
+register_optimizer_step_pre_hook(_before)
+register_optimizer_step_post_hook(_after)

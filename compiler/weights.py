@@ -1,0 +1,330 @@
+"""SparseWeight: what is known of one dense master parameter, and Operand: packed forms that graphs take as inputs.
+
+The registry has weak keys: parameters stay ordinary, carry no attribute of ours, and are forgotten when they die.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from ..kernels import layout, ops
+from .errors import NotFiniteError, StateError
+from .recipe import Recipe
+
+log = logging.getLogger("sparse24")
+
+_registry: Any = WeakTensorKeyDictionary()  # parameter -> SparseWeight
+_pending: Any = WeakTensorKeyDictionary()  # parameter -> state that waits for its SparseWeight
+_layers = 0  # weights made so far: gives each its own stream of random draws
+
+
+class SparseWeight:
+    """One dense master parameter and its 2:4 forms.
+
+    name: the parameter's name as its graph spells it. reason_skipped: None, or why the weight stays dense. step: optimizer
+    steps that changed it while it was registered. phase: "sparse" or "dense". flips: mask bits that changed at the last
+    refresh (None before the first).
+    """
+
+    def __init__(self, param: Tensor, name: str, recipe: Recipe, reason_skipped: str | None = None) -> None:
+        global _layers
+        self._param = TensorWeakRef(param)
+        self.name, self.recipe, self.reason_skipped = name, recipe, reason_skipped
+        self.shape = (param.shape[0], param.shape[1]) if param.dim() == 2 else tuple(param.shape)
+        self.step = 0
+        self.calls = 0  # forwards with gradients since the last optimizer step: the micro-step of method section 7
+        self.flips: int | None = None
+        self.layer = 0
+        self.phase = "dense"
+        self.operands: dict[object, Operand] = {}
+        self.stats: Tensor | None = None
+        self._packed_from: tuple[int, int] | None = None
+        self._last_mask: Tensor | None = None  # nibbles, two a byte, while no operand holds them
+        if reason_skipped is None:
+            self.layer, _layers = _layers, _layers + 1
+            self.phase = "dense" if recipe.dense_after == 0 else "sparse"
+
+    @property
+    def param(self) -> Tensor:
+        """The dense master."""
+        param = self._param()
+        if param is None:
+            raise ReferenceError(f"sparse24: the parameter {self.name} no longer exists")
+        return param
+
+    @property
+    def sparse(self) -> bool:
+        return self.phase == "sparse"
+
+    def mask(self) -> Tensor:
+        """bool of the parameter's shape ([out, in] for nn.Linear), True where kept. In the dense phase: the last mask.
+
+        Raises ValueError where the weight was never sparse.
+        """
+        nibbles = self._nibbles()
+        if nibbles is None:
+            raise ValueError(f"sparse24: {self.name} has no mask: {self.reason_skipped or 'it was never sparse'}")
+        return layout.mask_from_nibbles(nibbles)
+
+    def masked(self) -> Tensor:
+        """W.M, of the parameter's shape and dtype."""
+        return self.param.detach() * self.mask()
+
+    # ------------------------------------------------------------------------------------------------- its packed forms
+
+    def _nibbles(self) -> Tensor | None:
+        """uint8 [rows, cols / 4] of the mask in force, None before the first search."""
+        for operand in self.operands.values():
+            return operand.nibbles(self)
+        if self._last_mask is None:
+            return None
+        return torch.stack((self._last_mask & 15, self._last_mask >> 4), -1).view(self.shape[0], -1)
+
+    def repack(self, search: bool) -> None:
+        """Bring all packed forms up to the master: values with the mask in force, or (search) with a new mask."""
+        for operand in self.operands.values():
+            operand.pack(self, search)
+        self.note_packed()
+
+    def note_packed(self) -> None:
+        param = self.param
+        self._packed_from = (param._version, param.data_ptr())
+
+    def follow(self) -> None:
+        """Repack where the master was changed by something other than an optimizer step, such as a loaded checkpoint.
+
+        Before the first step the mask is searched anew; after it the mask in force is kept.
+        """
+        param = self.param
+        if self._packed_from == (param._version, param.data_ptr()):
+            return
+        if any(operand.packed.device != param.device for operand in self.operands.values()):
+            self._keep_mask()
+            return
+        self.repack(search=self.step == 0)
+        check_finite([self])
+
+    def advance(self) -> bool:
+        """After an optimizer step that changed the master. Returns whether the mask was searched anew."""
+        self.step, self.calls = self.step + 1, 0
+        if self.step == self.recipe.dense_after:
+            self.to_dense()
+        if not self.sparse:
+            return False
+        search = self.step % self.recipe.refresh_every == 0
+        self.repack(search)
+        return search and bool(self.operands)
+
+    def _keep_mask(self) -> None:
+        """Drop the packed forms and keep the mask, in 1/8 byte an entry."""
+        nibbles = self._nibbles()
+        if nibbles is not None:
+            self._last_mask = _pair(nibbles)
+        for key, operand in list(self.operands.items()):
+            for weight in operand.weights:
+                if weight is not self and weight.operands.get(key) is operand:
+                    del weight.operands[key]
+                    if not weight.operands and weight.sparse:
+                        weight._last_mask = _pair(operand.nibbles(weight))
+        self.operands = {}
+
+    def to_dense(self) -> None:
+        self._keep_mask()
+        self.phase, self.flips = "dense", None
+
+    def to_sparse(self) -> None:
+        """Back to 2:4, with a mask searched anew at the next forward."""
+        if self.reason_skipped is None and not self.sparse:
+            self.phase, self._last_mask, self.flips = "sparse", None, None
+
+    # ----------------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        nibbles = self._nibbles()
+        return {
+            "shape": list(self.shape),
+            "step": self.step,
+            "calls": self.calls,
+            "layer": self.layer,
+            "phase": self.phase,
+            "flips": self.flips,
+            "mask": None if nibbles is None else _pair(nibbles).cpu(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a state of `state()`; a state may be partial."""
+        if self.reason_skipped is not None:
+            raise StateError(
+                f"sparse24: the loaded state holds {self.name} as sparse, but here it stays dense: {self.reason_skipped}"
+            )
+        for key in ("step", "calls", "layer", "phase", "flips"):
+            setattr(self, key, state.get(key, getattr(self, key)))
+        mask = state.get("mask")
+        if mask is not None:
+            self._keep_mask()
+            self._last_mask = mask.to(self.param.device)
+        elif not self.sparse:
+            self._keep_mask()
+
+
+def _pair(nibbles: Tensor) -> Tensor:
+    pairs = nibbles.view(nibbles.shape[0], -1, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4
+
+
+class Operand:
+    """The packed forms of one or several weights that are multiplied as one: their rows (out_features) stand in order.
+
+    packed [rows, cols] and packed_t [cols, rows] are of the matrix as stored; where `transposed` (weights [in, out]) the
+    weights stand side by side along the columns, and packed_t is what the forward multiplies.
+    """
+
+    def __init__(self, weights: Sequence[SparseWeight], dtype: torch.dtype, transposed: bool) -> None:
+        self.weights, self.transposed = tuple(weights), transposed
+        shapes = [w.shape for w in weights]
+        along, self.rows, self.cols = 1 if transposed else 0, shapes[0][0], shapes[0][1]
+        total = sum(shape[along] for shape in shapes)
+        self.rows, self.cols = (self.rows, total) if transposed else (total, self.cols)
+        self._origin: dict[int, tuple[int, int]] = {}
+        offset = 0
+        for weight, shape in zip(weights, shapes, strict=True):
+            self._origin[id(weight)] = (0, offset) if transposed else (offset, 0)
+            offset += shape[along]
+        device = weights[0].param.device
+        size = layout.numel(self.rows, self.cols, dtype)
+        self.packed = torch.zeros(size, dtype=dtype, device=device)
+        self.packed_t = torch.zeros(size, dtype=dtype, device=device)
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """(packed W [out, in], packed W^T [in, out]): what the rewritten graph takes."""
+        return (self.packed_t, self.packed) if self.transposed else (self.packed, self.packed_t)
+
+    def where(self, weight: SparseWeight) -> tuple[int, int, int, int]:
+        """row, col, rows, cols: where the weight's block stands."""
+        return (*self._origin[id(weight)], self.rows, self.cols)
+
+    def pack(self, weight: SparseWeight, search: bool) -> None:
+        param = weight.param
+        if weight.stats is None or weight.stats.device != param.device:
+            weight.stats = torch.zeros(2, dtype=torch.int64, device=param.device)
+        ops.pack_weight_(param.detach(), self.packed, self.packed_t, weight.stats, *self.where(weight), search)
+
+    def nibbles(self, weight: SparseWeight) -> Tensor:
+        row, col, rows, cols = self.where(weight)
+        metadata = layout.split(self.packed, rows, cols)[1]
+        nibbles = layout.read_nibbles(metadata, rows, cols, layout.metadata_order(self.packed.device))
+        return nibbles[row : row + weight.shape[0], col // 4 : (col + weight.shape[1]) // 4].contiguous()
+
+    def put_mask(self, weight: SparseWeight, nibbles: Tensor) -> None:
+        row, col, rows, cols = self.where(weight)
+        order = layout.metadata_order(self.packed.device)
+        across = layout.nibbles_from_mask(layout.mask_from_nibbles(nibbles).t().contiguous())
+        layout.write_nibbles(layout.split(self.packed, rows, cols)[1], nibbles, row, col, rows, cols, order)
+        layout.write_nibbles(layout.split(self.packed_t, cols, rows)[1], across, col, row, cols, rows, order)
+
+
+def operand_of(weights: tuple[SparseWeight, ...], dtype: torch.dtype, transposed: bool) -> Operand:
+    """The operand of these weights, made where there is none: with the masks in force, searched where there are none."""
+    key = (dtype, transposed, *(w.layer for w in weights))
+    operand = weights[0].operands.get(key)
+    if operand is None:
+        operand = Operand(weights, dtype, transposed)
+        for weight in weights:
+            nibbles = weight._nibbles()
+            if nibbles is not None:
+                operand.put_mask(weight, nibbles.to(operand.packed.device))
+            operand.pack(weight, search=nibbles is None)
+        check_finite(weights)
+        for weight in weights:
+            weight.operands[key] = operand
+            weight._last_mask = None
+            weight.note_packed()
+    return operand
+
+
+def check_finite(weights: Iterable[SparseWeight]) -> None:
+    """Raise NotFiniteError that names the first weight whose last packing met NaN. Waits for the device."""
+    weights = [w for w in weights if w.stats is not None]
+    if weights:
+        check_stats(weights, torch.stack([w.stats for w in weights if w.stats is not None]).tolist())
+
+
+def check_stats(weights: Sequence[SparseWeight], stats: Sequence[Sequence[int]], step: int | None = None) -> None:
+    for weight, (_, nans) in zip(weights, stats, strict=True):
+        if nans:
+            raise NotFiniteError(
+                f"sparse24: {weight.name} has {nans} NaN of {weight.shape[0] * weight.shape[1]} entries after optimizer step "
+                f"{weight.step if step is None else step}; need finite weights (look at the learning rate and the loss of the "
+                "steps before, and continue from the last checkpoint)"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------- registry
+
+
+def get(param: Tensor) -> SparseWeight | None:
+    """The SparseWeight of a parameter, None where no compiled graph has met it."""
+    found: SparseWeight | None = _registry.get(param)
+    return found
+
+
+def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
+    """The SparseWeight of a parameter that a graph wants sparse. The recipe of the last compilation is in force."""
+    weight = get(param)
+    state = _pending.get(param)
+    if state is not None:
+        check_recipe(state.get("recipe"), recipe)
+        del _pending[param]
+    if weight is None or weight.reason_skipped is not None:
+        weight = SparseWeight(param, name, recipe)
+        _registry[param] = weight
+    elif weight.recipe != recipe:
+        if weight.recipe.method() != recipe.method():
+            log.warning("sparse24: %s was compiled with another recipe before; the new one is in force from here", name)
+        weight.recipe = recipe
+    if state is not None:
+        weight.load(state)
+    return weight
+
+
+def skip(param: Tensor, name: str, recipe: Recipe, reason: str) -> None:
+    """Record that a graph leaves a parameter dense. A parameter that another graph has made sparse stays so."""
+    if param in _pending and "step" in _pending[param]:
+        raise StateError(f"sparse24: the loaded state holds {name} as sparse, but here it stays dense: {reason}")
+    weight = get(param)
+    if weight is None or weight.reason_skipped is not None:
+        _registry[param] = SparseWeight(param, name, recipe, reason)
+
+
+def expect(param: Tensor, state: dict[str, Any]) -> None:
+    """Give a parameter its state now, or when a graph meets it."""
+    weight = get(param)
+    if weight is not None:
+        check_recipe(state.get("recipe"), weight.recipe)
+        weight.load(state)
+    else:
+        _pending[param] = {**_pending.get(param, {}), **state}
+
+
+def waiting(param: Tensor) -> dict[str, Any]:
+    """The state that waits for a parameter; empty where none does."""
+    state: dict[str, Any] = _pending.get(param, {})
+    return state
+
+
+def check_recipe(saved: dict[str, Any] | None, recipe: Recipe) -> None:
+    """Raise StateError that names what differs between a saved recipe and the one in force."""
+    if saved is None:
+        return
+    now = recipe.method()
+    differences = [f"{k}={saved.get(k)!r} (now {now[k]!r})" for k in now if saved.get(k) != now[k]]
+    if differences:
+        raise StateError(
+            f"sparse24: the loaded state was trained with {', '.join(differences)}; compile with the same options, or load "
+            "with strict=False to go on under the new ones"
+        )

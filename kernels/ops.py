@@ -1,0 +1,194 @@
+"""The ops of sparse24: their torch.library face. Importing this module defines them under `torch.ops.sparse24`.
+
+Letters: T tokens, K in_features, F features of an output, rows x cols a packed matrix. Dtypes are fp32, bf16 or fp16; packed
+buffers have the dtype of what they multiply (form: `layout`). CPU tensors run `reference`; CUDA tensors run the Triton
+kernels, and the matmuls the provider chosen in `providers`. No op here has an autograd formula of its own except `glu`:
+`linear` puts them together into differentiable functions.
+"""
+
+import torch
+from torch import Tensor
+
+from . import layout, providers, reference
+from .reference import padded
+
+_lib = torch.library.Library("sparse24", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+def _define(schema: str) -> None:
+    _lib.define(schema, tags=_TAGS)
+
+
+_define("spmm(Tensor packed, Tensor x, int rows) -> Tensor")
+_define("wgrad(Tensor packed, Tensor x, int rows) -> Tensor")
+_define("pack_gradient(Tensor dy, Tensor seeds, int index) -> Tensor")
+_define("glu(Tensor gate_up, Tensor? bias, str kind) -> Tensor")
+_define("glu_backward(Tensor dh, Tensor gate_up, Tensor? bias, str kind) -> Tensor")
+_define(
+    "glu_backward_pack(Tensor dh, Tensor gate_up, Tensor? bias, str kind, Tensor seeds, int index) -> (Tensor, Tensor)"
+)
+_define(
+    "pack_weight_(Tensor w, Tensor(a!) packed, Tensor(b!) packed_t, Tensor(c!) stats, int row, int col, int rows, int cols, "
+    "bool search) -> ()"
+)
+_define(
+    "masked_decay_(Tensor(a!) grad, Tensor w, Tensor packed, int row, int col, int rows, int cols, float decay) -> ()"
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- the face
+
+
+def spmm(packed: Tensor, x: Tensor, rows: int) -> Tensor:
+    """x [T, K] times a packed [rows, K] matrix, transposed -> [T, rows], fp32 accumulation. Forward and dgrad."""
+    return torch.ops.sparse24.spmm(packed, x, rows)
+
+
+def wgrad(packed: Tensor, x: Tensor, rows: int) -> Tensor:
+    """A packed gradient [rows, T'] (T' = T padded to 64) times x [T, K] -> [rows, K], fp32 accumulation."""
+    return torch.ops.sparse24.wgrad(packed, x, rows)
+
+
+def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
+    """dy [T, F] -> packed dy^T [F, T'], pruned 2:4 along tokens by exact MVUE (paper, section 3.3; `reference.mvue`).
+
+    seeds int64 [n]; the draw is a function of seeds[index] and the position alone.
+    """
+    return torch.ops.sparse24.pack_gradient(dy, seeds, index)
+
+
+def glu(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """act(gate) * up for the gated kinds, gate_up [T, 2F] -> [T, F]; act(z) for the others, [T, F] -> [T, F].
+
+    kind: swiglu, geglu, geglu_tanh, reglu; silu, gelu, gelu_tanh, relu, relu2. bias [2F or F] is added first.
+    """
+    return torch.ops.sparse24.glu(gate_up, bias, kind)
+
+
+def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """Gradient of `glu` at gate_up: dh [T, F] -> the shape of gate_up. The bias gradient is its column sum."""
+    return torch.ops.sparse24.glu_backward(dh, gate_up, bias, kind)
+
+
+def glu_backward_pack(
+    dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
+) -> tuple[Tensor, Tensor]:
+    """`glu_backward` and `pack_gradient` of its result, from one read of dh and gate_up."""
+    return torch.ops.sparse24.glu_backward_pack(dh, gate_up, bias, kind, seeds, index)
+
+
+def pack_weight_(
+    w: Tensor, packed: Tensor, packed_t: Tensor, stats: Tensor, row: int, col: int, rows: int, cols: int, search: bool
+) -> None:
+    """Write w [r, c] as the block at (row, col) of a packed [rows, cols] matrix, and w^T into packed_t [cols, rows].
+
+    search=True takes the optimal transposable mask of w (`reference.best_mask`) and writes the metadata; search=False keeps
+    the mask that the metadata holds and rewrites the values. stats int64 [2] receives how many mask bits changed, and
+    how many entries of w are NaN. r, c, row, col are multiples of 64. w fp32, bf16 or fp16 of any strides.
+    """
+    torch.ops.sparse24.pack_weight_(w, packed, packed_t, stats, row, col, rows, cols, search)
+
+
+def masked_decay_(grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, rows: int, cols: int, decay: float) -> None:
+    """grad += decay * (1 - M) * w in place (paper, section 4.1), M the block at (row, col) of a packed [rows, cols] matrix.
+
+    grad and w have one shape [r, c]; the sum is taken in fp32. With grad = w and a negative decay this is the decay on weights.
+    """
+    torch.ops.sparse24.masked_decay_(grad, w, packed, row, col, rows, cols, decay)
+
+
+# ------------------------------------------------------------------------------------------------------ implementations
+
+
+def _run_spmm(packed: Tensor, x: Tensor, rows: int) -> Tensor:
+    problem = providers.Problem("spmm", rows, x.shape[1], x.shape[0], x.dtype, x.device)
+    return providers.choose(problem).run(problem, packed, x)
+
+
+def _run_wgrad(packed: Tensor, x: Tensor, rows: int) -> Tensor:
+    problem = providers.Problem("wgrad", rows, padded(x.shape[0]), x.shape[1], x.dtype, x.device)
+    return providers.choose(problem).run(problem, packed, x)
+
+
+_FUSED = ("pack_gradient", "glu", "glu_backward", "glu_backward_pack", "pack_weight_", "masked_decay_")
+
+
+def _register() -> None:
+    for key in ("CPU", "CUDA"):
+        _lib.impl("spmm", _run_spmm, key)
+        _lib.impl("wgrad", _run_wgrad, key)
+    try:
+        from . import triton_ops as fast
+    except ImportError:  # a CPU build of torch comes without Triton
+        fast = None
+    for name in _FUSED:
+        _lib.impl(name, getattr(reference, name), "CPU")
+        if fast is not None:
+            _lib.impl(name, getattr(fast, name), "CUDA")
+
+
+_register()
+
+
+# ---------------------------------------------------------------------------------------------------------------- fakes
+
+
+@torch.library.register_fake("sparse24::spmm", lib=_lib)
+def _(packed: Tensor, x: Tensor, rows: int) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+@torch.library.register_fake("sparse24::wgrad", lib=_lib)
+def _(packed: Tensor, x: Tensor, rows: int) -> Tensor:
+    return x.new_empty(rows, x.shape[1])
+
+
+@torch.library.register_fake("sparse24::pack_gradient", lib=_lib)
+def _(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
+    return dy.new_empty(layout.numel(dy.shape[1], padded(dy.shape[0]), dy.dtype))
+
+
+@torch.library.register_fake("sparse24::glu", lib=_lib)
+def _(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    features = gate_up.shape[1] // 2 if kind in reference.GATED else gate_up.shape[1]
+    return gate_up.new_empty(gate_up.shape[0], features)
+
+
+@torch.library.register_fake("sparse24::glu_backward", lib=_lib)
+def _(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
+
+
+@torch.library.register_fake("sparse24::glu_backward_pack", lib=_lib)
+def _(
+    dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
+) -> tuple[Tensor, Tensor]:
+    tokens, features = gate_up.shape
+    return gate_up.new_empty(tokens, features), gate_up.new_empty(
+        layout.numel(features, padded(tokens), gate_up.dtype)
+    )
+
+
+@torch.library.register_fake("sparse24::pack_weight_", lib=_lib)
+def _(*args: object) -> None:
+    return None
+
+
+@torch.library.register_fake("sparse24::masked_decay_", lib=_lib)
+def _(*args: object) -> None:
+    return None
+
+
+def _glu_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    gate_up, bias, ctx.kind = inputs
+    ctx.save_for_backward(gate_up, bias)
+
+
+def _glu_autograd(ctx, dh):  # type: ignore[no-untyped-def]
+    gate_up, bias = ctx.saved_tensors
+    d = glu_backward(dh, gate_up, bias, ctx.kind)
+    return d, d.sum(0).to(bias.dtype) if bias is not None else None, None
+
+
+torch.library.register_autograd("sparse24::glu", _glu_autograd, setup_context=_glu_context, lib=_lib)

@@ -1,0 +1,248 @@
+"""The eager twin of every op: the definition that the fast kernels are tested against, and the CPU implementation.
+
+Arithmetic that decides something (which mask, which lane) is written so that a fast kernel can repeat it bit by bit in
+fp32: the order of every addition is part of the definition.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import layout
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+#: |w| is clamped here before the search, so that sums of infinities still count how many are kept.
+SATURATE = 2.0**123
+_COMPLEMENT = [5, 4, 3, 2, 1, 0]
+_OVERLAPPING = [(p, q) for p in range(6) for q in range(p + 1, 6) if p + q != 5]
+
+
+def best_mask(w: Tensor) -> Tensor:
+    """The transposable 2:4 mask that keeps the largest sum of |w| in every aligned 4x4 tile (method: section 3.2, exhaustive).
+
+    w [rows, cols], any float dtype, rows % 4 == cols % 4 == 0  ->  bool [rows, cols].
+    Of the 90 candidates the score is (s0 + s1) + (s2 + s3) in fp32, s_r the sum of the two kept magnitudes of row r. Ties go
+    to the first candidate in this order: rows 0, 1 and rows 2, 3 complementary (36); rows 0, 1 equal (6); one column
+    shared by rows 0 and 1 (48). NaN tiles get some legal mask: the caller counts them (`pack_weight_`).
+    """
+    rows, cols = w.shape
+    a = w.detach().to(torch.float32).abs().clamp(max=SATURATE).view(rows // 4, 4, cols // 4, 4)
+    s = [torch.stack([a[:, r, :, i] + a[:, r, :, j] for i, j in layout.PAIRS]) for r in range(4)]  # 4 x [6, tiles]
+
+    def argbest(scores: Tensor) -> tuple[Tensor, Tensor]:
+        best, pick = scores[0], torch.zeros_like(scores[0], dtype=torch.int64)
+        for p in range(1, 6):
+            better = scores[p] > best
+            best, pick = torch.where(better, scores[p], best), torch.where(better, p, pick)
+        return best, pick
+
+    top, p0 = argbest(s[0] + s[1][_COMPLEMENT])
+    bottom, p2 = argbest(s[2] + s[3][_COMPLEMENT])
+    best, code = top + bottom, [p0, 5 - p0, p2, 5 - p2]
+
+    def offer(score: Tensor, *rows_: Tensor | int) -> None:
+        nonlocal best
+        better = score > best
+        best = torch.where(better, score, best)
+        code[:] = [torch.where(better, new, old) for new, old in zip(rows_, code, strict=True)]
+
+    for p in range(6):
+        offer((s[0][p] + s[1][p]) + (s[2][5 - p] + s[3][5 - p]), p, p, 5 - p, 5 - p)
+    for p, q in _OVERLAPPING:
+        u, swapped_u = s[0][p] + s[1][q], s[0][q] + s[1][p]
+        v, swapped_v = s[2][5 - p] + s[3][5 - q], s[2][5 - q] + s[3][5 - p]
+        top_kept, bottom_kept = u >= swapped_u, v >= swapped_v
+        offer(
+            torch.where(top_kept, u, swapped_u) + torch.where(bottom_kept, v, swapped_v),
+            torch.where(top_kept, p, q),
+            torch.where(top_kept, q, p),
+            torch.where(bottom_kept, 5 - p, 5 - q),
+            torch.where(bottom_kept, 5 - q, 5 - p),
+        )
+    nibble = torch.tensor(layout.NIBBLES, dtype=torch.uint8, device=w.device)
+    return layout.mask_from_nibbles(nibble[torch.stack(code, 1)].view(rows, cols // 4))
+
+
+def pack_weight_(
+    w: Tensor, packed: Tensor, packed_t: Tensor, stats: Tensor, row: int, col: int, rows: int, cols: int, search: bool
+) -> None:
+    """Twin of `ops.pack_weight_`."""
+    order = layout.metadata_order(w.device)
+    w = w.detach()
+    r, c = w.shape
+    values, metadata = layout.split(packed, rows, cols)
+    values_t, metadata_t = layout.split(packed_t, cols, rows)
+    old = layout.read_nibbles(metadata, rows, cols, order)[row : row + r, col // 4 : (col + c) // 4]
+    mask = old_mask = layout.mask_from_nibbles(old)
+    if search:
+        mask = best_mask(w)
+        layout.write_nibbles(metadata, layout.nibbles_from_mask(mask), row, col, rows, cols, order)
+        layout.write_nibbles(metadata_t, layout.nibbles_from_mask(mask.t().contiguous()), col, row, cols, rows, order)
+    values[row : row + r, col // 2 : (col + c) // 2] = w[mask].view(r, c // 2).to(packed.dtype)
+    values_t[col : col + c, row // 2 : (row + r) // 2] = w.t()[mask.t()].view(c, r // 2).to(packed.dtype)
+    stats[0] = (mask ^ old_mask).sum()
+    stats[1] = w.isnan().sum()
+
+
+def masked_decay_(grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, rows: int, cols: int, decay: float) -> None:
+    """Twin of `ops.masked_decay_`."""
+    mask = layout.read_mask(packed, rows, cols, layout.metadata_order(w.device))
+    mask = mask[row : row + w.shape[0], col : col + w.shape[1]]
+    pruned = w.detach().to(torch.float32).masked_fill(mask, 0.0)
+    grad.copy_(grad.to(torch.float32) + decay * pruned)
+
+
+# --------------------------------------------------------------------------------------------------------------- matmuls
+
+
+def spmm(packed: Tensor, x: Tensor, rows: int) -> Tensor:
+    """Twin of `ops.spmm`."""
+    return x @ layout.unpack(packed, rows, x.shape[1], layout.metadata_order(x.device)).t()
+
+
+def wgrad(packed: Tensor, x: Tensor, rows: int) -> Tensor:
+    """Twin of `ops.wgrad`."""
+    tokens = padded(x.shape[0])
+    return layout.unpack(packed, rows, tokens, layout.metadata_order(x.device))[:, : x.shape[0]] @ x
+
+
+def padded(tokens: int) -> int:
+    """Tokens of a packed gradient: the next multiple of 64."""
+    return -(-tokens // layout.TILE) * layout.TILE
+
+
+# ------------------------------------------------------------------------------------------------------ gradient pruning
+
+
+def _mix32(h: Tensor) -> Tensor:
+    """A bijection of 32-bit integers that scatters close inputs (the "lowbias32" constants); int64 in, int64 out."""
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+def uniform(seed: Tensor, n: int) -> Tensor:
+    """fp32 [n] in [0, 1), multiples of 2^-24: a counter-based stream of the 64-bit `seed` (int64, one element)."""
+    counter = torch.arange(n, device=seed.device) & 0xFFFFFFFF
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    h = _mix32((_mix32(counter ^ low) + high) & 0xFFFFFFFF)
+    return (h >> 8).to(torch.float32) * 2.0**-24
+
+
+def mvue(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Minimum-variance unbiased 2:4 pruning by systematic sampling (exact form of the paper's section 3.3).
+
+    x fp32 [4, ...], u fp32 [...] uniform in [0, 1)  ->  kept lanes i < j (int64) and their values (fp32), all [...].
+    E[pruned x] = x; the variance is the least that any unbiased 2:4 pruning has. A group that is not finite comes out as
+    not finite in both lanes, so that a GradScaler sees it.
+    """
+    a = x.abs()
+    h0, l0 = torch.maximum(a[0], a[1]), torch.minimum(a[0], a[1])
+    h1, l1 = torch.maximum(a[2], a[3]), torch.minimum(a[2], a[3])
+    mx = torch.maximum(h0, h1)
+    rest = (torch.minimum(h0, h1) + l0) + l1  # the sum of the other three, without cancellation
+    spike = mx > rest
+    c = torch.where(spike, rest, 0.5 * (mx + rest))
+    s1 = torch.minimum(a[0], c)
+    s2 = s1 + torch.minimum(a[1], c)
+    s3 = s2 + torch.minimum(a[2], c)
+    t = u * c
+    i = (t >= s1).to(torch.int64) + (t >= s2).to(torch.int64)
+    tc = t + c
+    j = 1 + (tc >= s2).to(torch.int64) + (tc >= s3).to(torch.int64)
+    j = torch.maximum(j, i + 1)
+    k = torch.where(a[0] == mx, 0, torch.where(a[1] == mx, 1, torch.where(a[2] == mx, 2, 3)))
+    missed = spike & (i != k) & (j != k)  # a spike is kept whatever rounding did above
+    j = torch.where(missed & (k > i), k, j)
+    i = torch.where(missed & (k < i), k, i)
+
+    def value(lane: Tensor) -> Tensor:
+        v = x.gather(0, lane[None])[0]
+        kept = torch.where(v < 0, -1.0, 1.0) * torch.maximum(v.abs(), c)
+        kept = torch.where(v == 0, 0.0, kept)  # an empty lane is drawn only where rounding meets a boundary
+        total = mx + rest
+        return torch.where(total < float("inf"), kept, total)
+
+    return i, j, value(i), value(j)
+
+
+def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
+    """Twin of `ops.pack_gradient`."""
+    tokens, features = dy.shape
+    x = F.pad(dy.to(torch.float32), (0, 0, 0, padded(tokens) - tokens)).view(-1, 4, features)
+    u = uniform(seeds[index : index + 1], x.shape[0] * features).view(-1, features)
+    i, j, vi, vj = mvue(x.transpose(0, 1), u)
+    packed = dy.new_empty(layout.numel(features, padded(tokens), dy.dtype))
+    values, metadata = layout.split(packed, features, padded(tokens))
+    values.copy_(torch.stack((vi, vj), 1).view(-1, features).t().to(dy.dtype))
+    nibbles = (i | j << 2).t().to(torch.uint8)
+    layout.write_nibbles(
+        metadata, nibbles, 0, 0, features, padded(tokens), layout.metadata_order(dy.device)
+    )
+    return packed
+
+
+# ----------------------------------------------------------------------------------------------------- gated activations
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "relu2": _relu2,
+}
+#: Kinds of `ops.glu`: gated ones halve the features, the others keep them.
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+KINDS = (*GATED, *ACTIVATIONS)
+
+
+def glu(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """Twin of `ops.glu`. Arithmetic in fp32 (float64 stays)."""
+    z = gate_up if gate_up.dtype == torch.float64 else gate_up.to(torch.float32)
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    if kind in GATED:
+        gate, up = z.chunk(2, -1)
+        return (ACTIVATIONS[GATED[kind]](gate) * up).to(gate_up.dtype)
+    return ACTIVATIONS[kind](z).to(gate_up.dtype)
+
+
+def _derivative(z: Tensor, kind: str) -> Tensor:
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(ACTIVATIONS[kind](leaf).sum(), leaf)[0]
+
+
+def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """Twin of `ops.glu_backward`."""
+    wide = torch.float64 if gate_up.dtype == torch.float64 else torch.float32
+    z, d = gate_up.to(wide), dh.to(wide)
+    if bias is not None:
+        z = z + bias.to(wide)
+    if kind in GATED:
+        gate, up = z.chunk(2, -1)
+        activation = GATED[kind]
+        out = torch.cat((d * up * _derivative(gate, activation), d * ACTIVATIONS[activation](gate)), -1)
+    else:
+        out = d * _derivative(z, kind)
+    return out.to(gate_up.dtype)
+
+
+def glu_backward_pack(
+    dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
+) -> tuple[Tensor, Tensor]:
+    """Twin of `ops.glu_backward_pack`."""
+    d = glu_backward(dh, gate_up, bias, kind)
+    return d, pack_gradient(d, seeds, index)

@@ -1,0 +1,231 @@
+"""Find every linear layer of a graph, what it is for, and why it stays dense where it does."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch.fx import GraphModule, Node
+
+from . import graph as g
+from .graph import LinearArgs, Region
+
+TILE = 64
+_FFN = ("up", "gate", "down")
+_ATTENTION = ("q", "k", "v", "kv", "qkv", "o")
+_PROJECTIONS = {1: ("qkv",), 2: ("q", "kv"), 3: ("q", "k", "v")}
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear layer of a graph.
+
+    name: the weight's name. weight: the whole graph's placeholder it comes in by. path, node: where it stands (`Region`).
+    role: up, gate, down; q, k, v (kv, qkv where they are one), o; linear for any other. x: its input's node, so that linears of one path, x and family
+    may become one matmul. dtype: what it computes in (autocast included). reason: None, or why it stays dense. wanted: the
+    recipe asks for it, so that a reason is worth a warning.
+    """
+
+    name: str
+    weight: str
+    path: tuple[str, ...]
+    node: str
+    x: str
+    role: str
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    transposed: bool
+    reason: str | None = None
+    wanted: bool = False
+
+
+def find_linears(
+    gm: GraphModule,
+    *,
+    layers: str | Sequence[str] = "ffn",
+    skip: Sequence[str] = (),
+    ineligible: Callable[[str], str | None] = lambda placeholder: None,
+) -> list[Linear]:
+    """Every linear of a Dynamo graph, in order, the ones to make sparse with reason None.
+
+    layers: "ffn", "all" (feed-forward and attention projections) or patterns of parameter names; skip: patterns.
+    ineligible: says of a placeholder of the whole graph why its weight cannot be sparse, None where it can.
+    """
+    everything = g.regions(gm)
+    uses = _uses(everything)
+    found: list[Linear] = []
+    for region in everything:
+        linears = {n: args for n in region.module.graph.nodes if (args := g.linear_args(n)) is not None}
+        roles = _roles(linears, region)
+        for node, args in linears.items():
+            linear, weight = _describe(node, args, region, roles.get(node, "linear"))
+            reason = _unwanted(linear, layers, skip)
+            wanted = reason is None
+            if weight is None:
+                reason = reason or "its weight is computed, not a parameter"
+            else:
+                reason = reason or _unfit(linear, uses[weight]) or ineligible(weight.name)
+            found.append(replace(linear, reason=reason, wanted=wanted))
+    return found
+
+
+def _describe(node: Node, args: LinearArgs, region: Region, role: str) -> tuple[Linear, Node | None]:
+    weight = region.source(args.weight)
+    example, out = g.value(args.weight), g.value(node)
+    shape = tuple(example.shape) if example is not None and example.dim() == 2 else (0, 0)
+    if args.transposed:
+        shape = shape[::-1]
+    linear = Linear(
+        name=g.source_name(weight) if weight is not None else args.weight.name,
+        weight=weight.name if weight is not None else "",
+        path=region.path,
+        node=node.name,
+        x=args.x.name,
+        role=role,
+        in_features=shape[1],
+        out_features=shape[0],
+        dtype=out.dtype if out is not None else torch.float32,
+        transposed=args.transposed,
+    )
+    return linear, weight
+
+
+def _uses(everything: list[Region]) -> dict[Node, int]:
+    """How often each placeholder of the whole graph is used, checkpoint bodies looked into."""
+    uses: dict[Node, int] = {}
+    walked = {region.call for region in everything}
+    for region in everything:
+        for node in region.module.graph.nodes:
+            source = region.source(node)
+            if source is not None:
+                uses[source] = uses.get(source, 0) + sum(
+                    sum(arg is node for arg in user.args) or 1 for user in node.users if user not in walked
+                )
+    return uses
+
+
+# ----------------------------------------------------------------------------------------------------------------- reasons
+
+
+def _unwanted(linear: Linear, layers: str | Sequence[str], skip: Sequence[str]) -> str | None:
+    if any(fnmatchcase(linear.name, pattern) for pattern in skip):
+        return "skip names it"
+    if layers == "ffn":
+        return None if linear.role in _FFN else "not part of a feed-forward layer"
+    if layers == "all":
+        return None if linear.role in _FFN + _ATTENTION else "neither feed-forward nor an attention projection"
+    return None if any(fnmatchcase(linear.name, pattern) for pattern in layers) else "layers does not name it"
+
+
+def _unfit(linear: Linear, uses: int) -> str | None:
+    if uses > 1:
+        return f"its weight is used {uses} times (tied or shared)"
+    for what, size in (("in_features", linear.in_features), ("out_features", linear.out_features)):
+        if size % TILE or not size:
+            return f"it has {what}={size}, need a multiple of {TILE}"
+    if linear.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in {str(linear.dtype).removeprefix('torch.')}, need float32, bfloat16 or float16"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------- roles
+
+
+def _roles(linears: dict[Node, LinearArgs], region: Region) -> dict[Node, str]:
+    roles: dict[Node, str] = {}
+    for down in linears:
+        ups = _feeding(down, linears, region)
+        if ups:
+            roles.setdefault(down, "down")
+            for up in ups:
+                roles[up] = "gate" if len(ups) > 1 and not _is_factor(up) else "up"
+    for node in region.module.graph.nodes:
+        if g.is_attention_core(node):
+            projections = _in_order([n for n in g.walk_back(node) if n in linears and n not in roles], region)
+            names = _PROJECTIONS.get(len(projections), ("q",) * len(projections))
+            roles.update(zip(projections, names, strict=True))
+            for n in g.walk_forward(node):
+                if n in linears:
+                    roles.setdefault(n, "o")
+    return roles
+
+
+def _in_order(nodes: list[Node], region: Region) -> list[Node]:
+    position = {n: i for i, n in enumerate(region.module.graph.nodes)}
+    return sorted(nodes, key=position.__getitem__)
+
+
+def _feeding(down: Node, linears: dict[Node, LinearArgs], region: Region) -> list[Node]:
+    """The linears whose outputs reach `down` through an activation alone: its up projection, or gate and up.
+
+    The activation is any elementwise region, with casts, reshapes and dropout in between; constants, parameters and buffers
+    may enter. It must not be affine, all its linears share one input, and `down` must lead back to that input's width (a
+    classifier behind a tanh does not).
+    """
+    sources: list[Node] = []
+    data, nonlinear = _trace(linears[down].x, linears, region, sources, {})
+    if data is not True or not nonlinear or not sources:
+        return []
+    inputs = {linears[up].x for up in sources}
+    if len(inputs) != 1 or down in sources:
+        return []
+    width = _features(linears[sources[0]].weight, linears[sources[0]].transposed)
+    out = _features(linears[down].weight, linears[down].transposed)
+    return sources if width and out and width[1] == out[0] else []
+
+
+def _features(weight: Node, transposed: bool) -> tuple[int, int] | None:
+    example = g.value(weight)
+    if example is None or example.dim() != 2:
+        return None
+    out, in_ = example.shape[::-1] if transposed else example.shape
+    return out, in_
+
+
+def _trace(
+    node: Node,
+    linears: dict[Node, LinearArgs],
+    region: Region,
+    sources: list[Node],
+    seen: dict[Node, tuple[bool | None, bool]],
+) -> tuple[bool | None, bool]:
+    """(True: depends on linears alone, False: a constant, None: on something else;  whether not affine on the way)."""
+    if node in seen:
+        return seen[node]
+    seen[node] = (None, False)
+    if node in linears:
+        sources.append(node)
+        result: tuple[bool | None, bool] = (True, False)
+    elif node.op == "get_attr" or _is_constant(node, region):
+        result = (False, False)
+    elif g.is_shape(node) or g.is_pointwise(node):
+        inputs = [_trace(n, linears, region, sources, seen) for n in g.tensor_inputs(node)]
+        kinds = [kind for kind, _ in inputs]
+        if not inputs or None in kinds:
+            result = (None, False)
+        else:
+            affine = g.is_shape(node) or g.is_affine(node, sum(map(bool, kinds)))
+            result = (any(kinds), any(nonlinear for _, nonlinear in inputs) or (any(kinds) and not affine))
+    else:
+        result = (None, False)
+    seen[node] = result
+    return result
+
+
+def _is_constant(node: Node, region: Region) -> bool:
+    """A parameter or buffer: Dynamo marks their placeholders as static inputs."""
+    source = region.source(node)
+    return source is not None and "_dynamo_static_input_type" in source.meta.get("tensor_dict", {})
+
+
+def _is_factor(up: Node) -> bool:
+    """Whether the first thing done with a projection's output is to multiply it by another: the "up" of gate and up."""
+    node = up
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if g.mul_operands(node) is not None:
+            return True
+        if not g.is_shape(node):
+            return False
+    return False

@@ -1,0 +1,20 @@
+"""sparse24: transformers pre-train with 2:4 sparse feed-forward layers, through torch.compile(model, backend="sparse24")."""
+
+from .compiler.backend import sparse24 as backend
+from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateError
+from .compiler.recipe import Recipe
+from .compiler.session import Session, session
+from .compiler.weights import SparseWeight
+
+__version__ = "0.1.0"
+__all__ = [
+    "NotFiniteError",
+    "OptionError",
+    "Recipe",
+    "Session",
+    "SkippedError",
+    "SparseWeight",
+    "StateError",
+    "backend",
+    "session",
+]
