@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
@@ -25,7 +26,7 @@ from . import (
     step as step,  # registers the optimizer hooks
     weights,
 )
-from .errors import SkippedError
+from .errors import BackendError, SkippedError
 from .recipe import Recipe
 from .seeds import draw_seed, seeds_on
 from .weights import SparseWeight
@@ -130,7 +131,7 @@ class SparseGraph:
             variant = Variant(self, groups)
             variant.compiled = _compile_inner(gm, [*args, *variant.examples(args)], inner, self.mode)
             return variant
-        except weights.NotFiniteError:
+        except (BackendError, RestartAnalysis):  # the latter is how a compiler asks Dynamo to trace again
             raise
         except Exception as error:
             if self.recipe.strict:

@@ -1,20 +1,30 @@
-"""Errors of the backend. Each also derives from Dynamo's ShortenTraceback: such an error leaves torch.compile as it is, any
-other would reach the user wrapped as BackendCompilerFailed."""
+"""Errors of the backend.
+
+Each derives from Dynamo's ShortenTraceback too: such an error leaves torch.compile as it is, with the user's own traceback; any
+other would reach the user wrapped as BackendCompilerFailed.
+"""
 
 from torch._dynamo.exc import ShortenTraceback
 
 
-class OptionError(ShortenTraceback, ValueError):
+class BackendError(ShortenTraceback):
+    """What all errors of sparse24 have in common."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+class OptionError(BackendError, ValueError):
     """An option of the recipe that does not exist or is out of range."""
 
 
-class StateError(ShortenTraceback, ValueError):
+class StateError(BackendError, ValueError):
     """A session state that does not fit the model or the recipe."""
 
 
-class NotFiniteError(ShortenTraceback, FloatingPointError):
+class NotFiniteError(BackendError, FloatingPointError):
     """NaN in a sparse weight: no mask can be searched, and training has already failed."""
 
 
-class SkippedError(ShortenTraceback, RuntimeError):
+class SkippedError(BackendError):
     """A wanted layer stays dense, under strict=True."""

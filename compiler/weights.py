@@ -293,11 +293,13 @@ def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
 
 
 def skip(param: Tensor, name: str, recipe: Recipe, reason: str) -> None:
-    """Record that a graph leaves a parameter dense. A parameter that another graph has made sparse stays so."""
+    """Record that a graph leaves a parameter dense. One that another graph of the same recipe has made sparse stays so."""
     if param in _pending and "step" in _pending[param]:
         raise StateError(f"sparse24: the loaded state holds {name} as sparse, but here it stays dense: {reason}")
     weight = get(param)
-    if weight is None or weight.reason_skipped is not None:
+    if weight is None or weight.reason_skipped is not None or weight.recipe.method() != recipe.method():
+        if weight is not None:
+            weight.to_dense()
         _registry[param] = SparseWeight(param, name, recipe, reason)
 
 
@@ -308,7 +310,7 @@ def expect(param: Tensor, state: dict[str, Any]) -> None:
         check_recipe(state.get("recipe"), weight.recipe)
         weight.load(state)
     else:
-        _pending[param] = {**_pending.get(param, {}), **state}
+        _pending[param] = state if "step" in state else {**_pending.get(param, {}), **state}
 
 
 def waiting(param: Tensor) -> dict[str, Any]:

@@ -117,3 +117,10 @@ def check_matrix(rows: int, cols: int, order: str) -> None:
     if rows % layout.ROW_BLOCK[order] or cols % layout.TILE:
         need = f"rows in multiples of {layout.ROW_BLOCK[order]} and columns of {layout.TILE}"
         raise ValueError(f"sparse24: found a {rows}x{cols} matrix, need {need} ({order})")
+
+
+def check_packed(packed: Tensor, rows: int, cols: int) -> None:
+    """Raise ValueError where `packed` is not the packed form of a [rows, cols] matrix, at an address for wide stores."""
+    layout.split(packed, rows, cols)
+    if packed.data_ptr() % 16:
+        raise ValueError("sparse24: found a packed buffer at an odd address, need one aligned to 16 bytes")

@@ -5,7 +5,6 @@ is a transposed view is read along its own rows. Predicted and not measured: a f
 (about 350 operations for a 4x4 tile) by issue slots.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +13,7 @@ from . import layout
 from .triton_common import (
     check_dtypes,
     check_matrix,
+    check_packed,
     launch,
     load_kept,
     metadata_of,
@@ -88,8 +88,8 @@ def _best_mask(x0, x1, x2, x3):
 @triton.jit
 def _keep(x0, x1, x2, x3, mask, FIRST: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr):
     """Kept values [R, C, 2] and nibble of a line of a 4x4 tile, whose bits in `mask` are FIRST, FIRST + STEP, ..."""
-    k0, k1 = mask & (1 << FIRST) != 0, mask & (1 << (FIRST + STEP)) != 0
-    k2, k3 = mask & (1 << (FIRST + 2 * STEP)) != 0, mask & (1 << (FIRST + 3 * STEP)) != 0
+    k0, k1 = (mask & (1 << FIRST)) != 0, (mask & (1 << (FIRST + STEP))) != 0
+    k2, k3 = (mask & (1 << (FIRST + 2 * STEP))) != 0, (mask & (1 << (FIRST + 3 * STEP))) != 0
     first = tl.where(k0, x0, tl.where(k1, x1, x2)).to(dtype)
     last = tl.where(k3, x3, tl.where(k2, x2, x1)).to(dtype)
     return tl.join(first, last), tl.where(k0, 0, tl.where(k1, 1, 2)) | tl.where(k3, 12, tl.where(k2, 8, 4))
@@ -141,13 +141,13 @@ def pack_weight_kernel(
     if TRANSPOSED:
         at = w + c[:, None, None] * stride_c + (r[None, :, None] + lane) * stride_r
         y0, y1 = _load_lanes(at), _load_lanes(at + stride_c)
-        y2, y3 = _load_lanes(at + 2 * stride_c.to(tl.int64)), _load_lanes(at + 3 * stride_c.to(tl.int64))
+        y2, y3 = _load_lanes(at + stride_c + stride_c), _load_lanes(at + stride_c + stride_c + stride_c)
         x0, x1 = _across(y0, y1, y2, y3, 0), _across(y0, y1, y2, y3, 1)
         x2, x3 = _across(y0, y1, y2, y3, 2), _across(y0, y1, y2, y3, 3)
     else:
         at = w + r[:, None, None] * stride_r + (c[None, :, None] + lane) * stride_c
         x0, x1 = _load_lanes(at), _load_lanes(at + stride_r)
-        x2, x3 = _load_lanes(at + 2 * stride_r.to(tl.int64)), _load_lanes(at + 3 * stride_r.to(tl.int64))
+        x2, x3 = _load_lanes(at + stride_r + stride_r), _load_lanes(at + stride_r + stride_r + stride_r)
 
     metadata, metadata_t = metadata_of(packed, rows, cols), metadata_of(packed_t, cols, rows)
     m, g = (row + r0 + 4 * tl.arange(0, R))[:, None], ((col + c0) // 4 + tl.arange(0, C))[None, :]
@@ -217,7 +217,7 @@ def masked_decay_kernel(
     r, c = r.to(tl.int64)[:, None, None], (4 * g).to(tl.int64)[None, :, None] + lane
     at = grad + r * grad_r + c * grad_c
     pruned = tl.where((kept[:, :, None] >> lane) & 1 != 0, 0.0, tl.load(w + r * w_r + c * w_c).to(tl.float32))
-    tl.store(at, (tl.load(at).to(tl.float32) + decay.to(tl.float32) * pruned).to(grad.dtype.element_ty))
+    tl.store(at, (tl.load(at).to(tl.float32) + tl.cast(decay, tl.float32) * pruned).to(grad.dtype.element_ty))
 
 
 def _check_block(w: Tensor, row: int, col: int, rows: int, cols: int, order: str) -> None:
@@ -238,7 +238,8 @@ def pack_weight_(
     check_dtypes(w=w, packed=packed, packed_t=packed_t)
     _check_block(w, row, col, rows, cols, order)
     check_matrix(cols, rows, order)
-    layout.split(packed, rows, cols), layout.split(packed_t, cols, rows)  # raise where a buffer does not fit
+    check_packed(packed, rows, cols)
+    check_packed(packed_t, cols, rows)
     stats.zero_()
     launch(
         pack_weight_kernel,
@@ -271,7 +272,7 @@ def masked_decay_(
     _check_block(w, row, col, rows, cols, order)
     if grad.shape != w.shape:
         raise ValueError(f"sparse24: found grad {tuple(grad.shape)} and w {tuple(w.shape)}, need one shape")
-    layout.split(packed, rows, cols)
+    check_packed(packed, rows, cols)
     launch(
         masked_decay_kernel,
         (w.shape[0] // layout.TILE, w.shape[1] // layout.TILE),

@@ -70,7 +70,7 @@ def match(node: Node) -> Fused | None:
             if packed is not None:
                 return Fused(_GATED[unary[0]], (packed,), node)
         return None
-    if op_name(node) in ("square", "pow") and isinstance(node.args[0], Node):
+    if op_name(node) in ("square", "pow") and node.args and isinstance(node.args[0], Node):
         exponent = node.args[1] if len(node.args) > 1 else node.kwargs.get("exponent", 2)
         inner = _unary(node.args[0])
         if exponent == 2 and inner is not None and inner[0] == "relu" and _single(node.args[0]):

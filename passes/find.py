@@ -197,7 +197,7 @@ def _trace(
     if node in linears:
         sources.append(node)
         result: tuple[bool | None, bool] = (True, False)
-    elif node.op == "get_attr" or _is_constant(node, region):
+    elif node.op == "get_attr" or _is_constant(node, region) or g.is_creation(node):
         result = (False, False)
     elif g.is_shape(node) or g.is_pointwise(node):
         inputs = [_trace(n, linears, region, sources, seen) for n in g.tensor_inputs(node)]
@@ -205,7 +205,9 @@ def _trace(
         if not inputs or None in kinds:
             result = (None, False)
         else:
-            affine = g.is_shape(node) or g.is_affine(node, sum(map(bool, kinds)))
+            data = [n for n, kind in zip(g.tensor_inputs(node), kinds, strict=True) if kind]
+            times = sum(arg in data for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, Node))  # h * h: 2
+            affine = g.is_shape(node) or g.is_affine(node, times)
             result = (any(kinds), any(nonlinear for _, nonlinear in inputs) or (any(kinds) and not affine))
     else:
         result = (None, False)

@@ -105,11 +105,16 @@ def tensor_inputs(node: Node) -> list[Node]:
 # --------------------------------------------------------------------------------------------------------- what a node is
 
 _OPERATORS = {"truediv": "div", "itruediv": "div", "iadd": "add", "isub": "sub", "imul": "mul", "ipow": "pow"}
-_UNTAGGED_POINTWISE = {"hardswish", "logsigmoid", "prelu", "glu"}  # pointwise in truth, not tagged so in ATen
+#: Pointwise in truth, not tagged so in ATen.
+_UNTAGGED_POINTWISE = {"hardswish", "log_sigmoid", "prelu", "glu", "softsign", "tanhshrink"}
 _AFFINE = {"add", "sub", "rsub", "neg", "mul", "div", "clone", "positive"}
 _SHAPE = {
     "view", "reshape", "flatten", "unflatten", "chunk", "split", "split_with_sizes", "tensor_split", "getitem", "contiguous",
     "squeeze", "unsqueeze", "view_as", "reshape_as", "narrow", "unbind", "detach_",
+}  # fmt: skip
+_CREATION = {
+    "tensor", "as_tensor", "scalar_tensor", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like",
+    "new_tensor", "new_zeros", "new_ones", "new_full",
 }  # fmt: skip
 _CAST = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "_to_copy"}
 _DROPOUT = {"dropout", "alpha_dropout", "feature_alpha_dropout"}
@@ -137,6 +142,11 @@ def is_shape(node: Node) -> bool:
 
 def is_cast(node: Node) -> bool:
     return op_name(node) in _CAST
+
+
+def is_creation(node: Node) -> bool:
+    """A constant made in the graph; of its inputs it takes at most the shape."""
+    return op_name(node) in _CREATION
 
 
 def is_view(node: Node) -> bool:

@@ -1,0 +1,384 @@
+"""Gated activations and the exact MVUE pruning of gradients, alone and fused: Triton.
+
+The fused backward reads dh and gate_up once and writes the dense gradient (dgrad reads it) and its packed 2:4 form (wgrad
+reads it). A program takes 64 tokens by 64 features; a thread holds whole groups of four tokens. Predicted and not measured:
+`pack_gradient` alone is about as much bound by issue slots as by memory (some 70 operations a group), the fused one by
+memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import layout, reference
+from .triton_common import check_dtypes, check_matrix, launch, metadata_of, store_nibbles, store_values, uniform
+
+# ------------------------------------------------------------------------------------------------------ gradient pruning
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _min(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _kept_value(x, c, total):
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    value = (_max(tl.abs(x), c).to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.where(total < float("inf"), tl.where(x == 0, 0.0, value), total)
+
+
+@triton.jit
+def _mvue(x0, x1, x2, x3, u):
+    """Twin of `reference.mvue`: the nibble (int32) of each group and its two kept values, fp32.
+
+    Lane k is a spike exactly where a_k > rest, and then no other is; so the twin's rule that a spike is kept whatever
+    rounding did becomes, case by case: k = 0 needs i = 0; k = 1 needs i < 2, and j = 1 where i = 0; k = 2 needs j >= 2, and
+    j = 2 where i < 2; k = 3 has j = 3 anyway, since s3 = c then. Conditions, not lanes, are what a GPU does cheaply.
+    """
+    a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
+    h0, l0, h1, l1 = _max(a0, a1), _min(a0, a1), _max(a2, a3), _min(a2, a3)
+    mx, rest = _max(h0, h1), (_min(h0, h1) + l0) + l1
+    total = mx + rest
+    c = tl.where(mx > rest, rest, 0.5 * total)
+    s1 = _min(a0, c)
+    s2 = s1 + _min(a1, c)
+    s3 = s2 + _min(a2, c)
+    t = u * c
+    tc = t + c
+    after0, after1 = t >= s1, t >= s2
+    i1, i2 = after0 & (a0 <= rest), after1 & (h0 <= rest)  # i >= 1, i >= 2
+    first = _kept_value(tl.where(i2, x2, tl.where(i1, x1, x0)), c, total)
+    nibble = tl.where(i2, 2, tl.where(i1, 1, 0))
+    j2 = after0 | (a2 > rest) | ((tc >= s2) & (a1 <= rest))  # j >= 2
+    x12, n12 = tl.where(j2, x2, x1), tl.where(j2, 8, 4)
+    j3 = after1 | ((tc >= s3) & (a2 <= rest) & ((a1 <= rest) | after0))  # j >= 3
+    last = _kept_value(tl.where(j3, x3, x12), c, total)
+    return nibble | tl.where(j3, 12, n12), first, last
+
+
+@triton.jit
+def _prune_and_store(
+    packed, x0, x1, x2, x3, seed, t0, f0, tokens, features, ORDER: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
+):
+    """Prune fp32 [BT / 4, BF], x_i row i of each group, and write it as rows f0.. and columns t0.. of [features, tokens].
+
+    tokens is a multiple of 64.
+    """
+    G: tl.constexpr = BT // 4
+    group, f = (t0 // 4 + tl.arange(0, G)).to(tl.uint32), (f0 + tl.arange(0, BF)).to(tl.uint32)
+    row = tl.mul(group, features.to(tl.uint32), sanitize_overflow=False)  # the twin's counter, too, is of 32 bits
+    u = uniform(seed, tl.add(row[:, None], f[None, :], sanitize_overflow=False))
+    nibbles, first, last = _mvue(x0, x1, x2, x3, u)
+    dtype: tl.constexpr = packed.dtype.element_ty
+    values = tl.permute(tl.join(first.to(dtype), last.to(dtype)), (1, 0, 2))
+    store_values(packed, tl.reshape(values, [BF, BT // 2]), f0, t0 // 2, tokens, BF, BT // 2)
+    metadata = metadata_of(packed, features, tokens)
+    store_nibbles(metadata, tl.trans(nibbles), f0, t0 // 4, features, tokens, ORDER, BF, G)
+
+
+@triton.jit
+def _load_row(at, present):
+    return tl.load(at, mask=present, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tokens", "index"])
+def pack_gradient_kernel(
+    dy,  # [tokens, features], rows `stride` apart
+    packed,  # of dy^T: [features, padded]
+    seeds,  # int64
+    stride,
+    tokens,
+    padded,
+    features,
+    index,
+    ORDER: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+):
+    t0, f0 = tl.program_id(0) * BT, tl.program_id(1) * BF
+    t = t0 + 4 * tl.arange(0, BT // 4)[:, None]
+    at = dy + t.to(tl.int64) * stride + (f0 + tl.arange(0, BF))[None, :]
+    x0, x1 = _load_row(at, t < tokens), _load_row(at + stride, t + 1 < tokens)
+    x2 = _load_row(at + stride + stride, t + 2 < tokens)
+    x3 = _load_row(at + stride + stride + stride, t + 3 < tokens)
+    _prune_and_store(packed, x0, x1, x2, x3, tl.load(seeds + index), t0, f0, padded, features, ORDER, BT, BF)
+
+
+def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
+    """Twin of `reference.pack_gradient`, which defines it."""
+    order = layout.metadata_order(dy.device)
+    tokens, features = dy.shape
+    padded = reference.padded(tokens)
+    check_dtypes(dy=dy)
+    check_matrix(features, padded, order)
+    _check_seeds(seeds, index)
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    packed = dy.new_empty(layout.numel(features, padded, dy.dtype))
+    launch(
+        pack_gradient_kernel,
+        (padded // layout.TILE, features // layout.TILE),
+        dy.device,
+        dy.detach(),
+        packed,
+        seeds,
+        dy.stride(0),
+        tokens,
+        padded,
+        features,
+        index,
+        ORDER=order,
+        BT=layout.TILE,
+        BF=layout.TILE,
+        num_warps=4,
+    )
+    return packed
+
+
+def _check_seeds(seeds: Tensor, index: int) -> None:
+    if seeds.dim() != 1 or seeds.dtype != torch.int64 or not 0 <= index < seeds.shape[0] or not seeds.is_contiguous():
+        found = f"index {index} of seeds {tuple(seeds.shape)} ({seeds.dtype})"
+        raise ValueError(f"sparse24: found {found}, need an index into a contiguous int64 vector")
+
+
+# ----------------------------------------------------------------------------------------------------- gated activations
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))  # 0 and 1 at the infinities
+
+
+@triton.jit
+def _activation(z, KIND: tl.constexpr):
+    """act(z) and act'(z), fp32."""
+    if KIND == "silu":
+        s = _sigmoid(z)
+        value, slope = z * s, s * (1.0 + z * (1.0 - s))
+    elif KIND == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        value, slope = z * cdf, cdf + z * (tl.exp(-0.5 * z * z) * 0.3989422804014327)
+    elif KIND == "gelu_tanh":  # (1 + tanh(y)) / 2 = sigmoid(2 y): nothing cancels, and no tanh is needed
+        zz = z * z
+        s = _sigmoid(1.5957691216057308 * (z + 0.044715 * (z * zz)))
+        value = z * s
+        slope = s + value * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * zz))
+    elif KIND == "relu":
+        value, slope = tl.where(z < 0, 0.0, z), tl.where(z <= 0, 0.0, 1.0)
+    else:
+        tl.static_assert(KIND == "relu2")
+        relu = tl.where(z < 0, 0.0, z)
+        value, slope = relu * relu, 2.0 * relu
+    return value, slope
+
+
+@triton.jit
+def _load_z(z, bias, t, f, present, features, GATED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """gate (or the only input) and up, fp32, bias added, at rows t [R, 1] and columns f [1, C] of the activation."""
+    at = z + t.to(tl.int64) * (2 * features if GATED else features) + f
+    gate = _load_row(at, present)
+    up = _load_row(at + features, present) if GATED else gate
+    if HAS_BIAS:
+        gate += _load_row(bias + f, f < features)
+        if GATED:
+            up += _load_row(bias + features + f, f < features)
+    return gate, up
+
+
+@triton.jit
+def glu_kernel(
+    z,  # [tokens, 2 * features] if GATED, else [tokens, features]
+    bias,  # of the columns of z, or nothing
+    h,  # [tokens, features]
+    tokens,
+    features,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+):
+    t = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
+    f = tl.program_id(1) * BF + tl.arange(0, BF)[None, :]
+    present = (t < tokens) & (f < features)
+    gate, up = _load_z(z, bias, t, f, present, features, GATED, HAS_BIAS)
+    value, _ = _activation(gate, KIND)
+    if GATED:
+        value *= up
+    tl.store(h + t.to(tl.int64) * features + f, value.to(h.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _backward(d, dh, gate, up, t, f, present, features, KIND: tl.constexpr, GATED: tl.constexpr):
+    """Store a piece of the gradient of z; return what was stored for gate and up, in its dtype."""
+    value, slope = _activation(gate, KIND)
+    dtype: tl.constexpr = d.dtype.element_ty
+    at = d + t.to(tl.int64) * (2 * features if GATED else features) + f
+    d_gate = (dh * up * slope if GATED else dh * slope).to(dtype)
+    d_up = (dh * value).to(dtype) if GATED else d_gate
+    tl.store(at, d_gate, mask=present)
+    if GATED:
+        tl.store(at + features, d_up, mask=present)
+    return d_gate, d_up
+
+
+@triton.jit
+def glu_backward_kernel(
+    dh,  # [tokens, features]
+    z,  # as in glu_kernel
+    bias,
+    d,  # of the shape of z
+    tokens,
+    features,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+):
+    t = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
+    f = tl.program_id(1) * BF + tl.arange(0, BF)[None, :]
+    present = (t < tokens) & (f < features)
+    gate, up = _load_z(z, bias, t, f, present, features, GATED, HAS_BIAS)
+    dh_ = _load_row(dh + t.to(tl.int64) * features + f, present)
+    _backward(d, dh_, gate, up, t, f, present, features, KIND, GATED)
+
+
+@triton.jit
+def _wide(x, present):
+    return tl.where(present, x.to(tl.float32), 0.0)  # 0 * (infinite bias) is not 0
+
+
+@triton.jit(do_not_specialize=["tokens", "index"])
+def glu_backward_pack_kernel(
+    dh,  # [tokens, features], features a multiple of 64
+    z,  # as in glu_kernel
+    bias,
+    d,  # of the shape of z
+    packed,  # of d^T: [columns of z, padded]
+    seeds,  # int64
+    tokens,
+    padded,
+    features,
+    index,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ORDER: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+):
+    t0, f0 = tl.program_id(0) * BT, tl.program_id(1) * BF
+    t, f = t0 + 4 * tl.arange(0, BT // 4)[:, None], f0 + tl.arange(0, BF)[None, :]
+    p0, p1, p2, p3 = t < tokens, t + 1 < tokens, t + 2 < tokens, t + 3 < tokens
+    # All loads come before the first store: nothing tells the compiler that d does not alias its inputs.
+    seed = tl.load(seeds + index)
+    at = dh + t.to(tl.int64) * features + f
+    dh0, dh1 = _load_row(at, p0), _load_row(at + features, p1)
+    dh2, dh3 = _load_row(at + features + features, p2), _load_row(at + features + features + features, p3)
+    gate0, up0 = _load_z(z, bias, t, f, p0, features, GATED, HAS_BIAS)
+    gate1, up1 = _load_z(z, bias, t + 1, f, p1, features, GATED, HAS_BIAS)
+    gate2, up2 = _load_z(z, bias, t + 2, f, p2, features, GATED, HAS_BIAS)
+    gate3, up3 = _load_z(z, bias, t + 3, f, p3, features, GATED, HAS_BIAS)
+    gate0, up0 = _backward(d, dh0, gate0, up0, t, f, p0, features, KIND, GATED)
+    gate1, up1 = _backward(d, dh1, gate1, up1, t + 1, f, p1, features, KIND, GATED)
+    gate2, up2 = _backward(d, dh2, gate2, up2, t + 2, f, p2, features, KIND, GATED)
+    gate3, up3 = _backward(d, dh3, gate3, up3, t + 3, f, p3, features, KIND, GATED)
+    x0, x1, x2, x3 = _wide(gate0, p0), _wide(gate1, p1), _wide(gate2, p2), _wide(gate3, p3)
+    width = 2 * features if GATED else features
+    _prune_and_store(packed, x0, x1, x2, x3, seed, t0, f0, padded, width, ORDER, BT, BF)
+    if GATED:
+        x0, x1, x2, x3 = _wide(up0, p0), _wide(up1, p1), _wide(up2, p2), _wide(up3, p3)
+        _prune_and_store(packed, x0, x1, x2, x3, seed, t0, features + f0, padded, width, ORDER, BT, BF)
+
+
+_BT, _BF = 32, 128  # tile of the elementwise kernels
+
+
+def _problem(gate_up: Tensor, bias: Tensor | None, kind: str) -> tuple[int, int, dict[str, object]]:
+    """Tokens, features of the activation, and the constants that the kernels share."""
+    check_dtypes(gate_up=gate_up, bias=bias)
+    if kind not in reference.KINDS:
+        raise ValueError(f"sparse24: found activation {kind!r}, need one of {', '.join(reference.KINDS)}")
+    gated = kind in reference.GATED
+    tokens, width = gate_up.shape
+    if (gated and width % 2) or (bias is not None and bias.shape != (width,)):
+        found = f"gate_up of {width} columns and bias {None if bias is None else tuple(bias.shape)}"
+        raise ValueError(f"sparse24: found {found}, need a bias entry a column, and for gated kinds an even number")
+    constants = {"KIND": reference.GATED.get(kind, kind), "GATED": gated, "HAS_BIAS": bias is not None}
+    return tokens, width // 2 if gated else width, constants
+
+
+def _same_rows(dh: Tensor, tokens: int, features: int) -> Tensor:
+    check_dtypes(dh=dh)
+    if dh.shape != (tokens, features):
+        raise ValueError(f"sparse24: found dh {tuple(dh.shape)}, need ({tokens}, {features})")
+    return dh.detach().contiguous()
+
+
+def glu(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """Twin of `reference.glu`, which defines it up to rounding."""
+    tokens, features, constants = _problem(gate_up, bias, kind)
+    h = gate_up.new_empty(tokens, features)
+    z = gate_up.detach().contiguous()
+    b = z if bias is None else bias.detach().contiguous()
+    grid = (triton.cdiv(tokens, _BT), triton.cdiv(features, _BF))
+    launch(glu_kernel, grid, z.device, z, b, h, tokens, features, **constants, BT=_BT, BF=_BF, num_warps=4)
+    return h
+
+
+def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """Twin of `reference.glu_backward`, which defines it up to rounding."""
+    tokens, features, constants = _problem(gate_up, bias, kind)
+    dh = _same_rows(dh, tokens, features)
+    z = gate_up.detach().contiguous()
+    b = z if bias is None else bias.detach().contiguous()
+    d = z.new_empty(z.shape)
+    grid = (triton.cdiv(tokens, _BT), triton.cdiv(features, _BF))
+    launch(glu_backward_kernel, grid, z.device, dh, z, b, d, tokens, features, **constants, BT=_BT, BF=_BF, num_warps=4)
+    return d
+
+
+def glu_backward_pack(
+    dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
+) -> tuple[Tensor, Tensor]:
+    """Twin of `reference.glu_backward_pack`. The packed form is that of the rounded gradient, bit for bit."""
+    order = layout.metadata_order(gate_up.device)
+    tokens, features, constants = _problem(gate_up, bias, kind)
+    width, padded = gate_up.shape[1], reference.padded(tokens)
+    check_matrix(width, padded, order)
+    _check_seeds(seeds, index)
+    if features % layout.TILE:  # gate and up share a tile of rows
+        d = glu_backward(dh, gate_up, bias, kind)
+        return d, pack_gradient(d, seeds, index)
+    dh = _same_rows(dh, tokens, features)
+    z = gate_up.detach().contiguous()
+    b = z if bias is None else bias.detach().contiguous()
+    d, packed = z.new_empty(z.shape), z.new_empty(layout.numel(width, padded, z.dtype))
+    launch(
+        glu_backward_pack_kernel,
+        (padded // layout.TILE, features // layout.TILE),
+        z.device,
+        dh,
+        z,
+        b,
+        d,
+        packed,
+        seeds,
+        tokens,
+        padded,
+        features,
+        index,
+        **constants,
+        ORDER=order,
+        BT=layout.TILE,
+        BF=layout.TILE,
+        num_warps=8,
+    )
+    return d, packed

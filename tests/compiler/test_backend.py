@@ -1,0 +1,184 @@
+"""The backend as users meet it: options, reasons, fallbacks, the installed package."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from models import MLP, Stack, SwiGLU, compiled, relative, sparse_names, train
+
+import sparse24
+from sparse24.compiler import backend
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deacy": 1e-4}, r"unknown option 'deacy' \(did you mean decay\?\); valid are decay, decay_on, refresh_every"),
+        ({"decay": -1.0}, r"decay=-1\.0, need a finite number >= 0"),
+        ({"decay": float("nan")}, "need a finite number"),
+        ({"refresh_every": 0}, "refresh_every=0, need an int >= 1"),
+        ({"refresh_every": 2.5}, "need an int >= 1"),
+        ({"dense_after": -1}, "need None or an int >= 0"),
+        ({"wgrad": "sparse"}, "wgrad='sparse', need 'mvue' or 'dense'"),
+        ({"decay_on": "both"}, "need 'gradient' or 'weight'"),
+        ({"layers": "mlp"}, "need 'ffn', 'all' or a list of patterns"),
+        ({"layers": [1]}, "need 'ffn', 'all' or a list of patterns"),
+        ({"skip": "head"}, "need a list of patterns"),
+        ({"when": "never"}, "need 'faster' or 'always'"),
+        ({"inner": "nvfuser"}, "need 'inductor' or 'aot_eager' or 'eager'"),
+        ({"seed": "a"}, "need an int"),
+        ({"inductor": 1}, "need a dict"),
+        ({"strict": 1}, "need True or False"),
+    ],
+)
+def test_bad_options_raise_value_error(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sparse24.Recipe.from_options(options)
+    with pytest.raises(ValueError, match=message):
+        torch.compile(MLP(), backend="sparse24", options=options)(torch.randn(1, 64))
+
+
+def test_a_layer_of_odd_width_stays_dense_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = Stack(MLP(ff=100), MLP())
+    backend._said.clear()
+    y = compiled(model)(torch.randn(3, 64))
+    assert y.isfinite().all()
+    assert sparse_names(model) == ["blocks.1.up.weight", "blocks.1.down.weight"]
+    said = [r.getMessage() for r in caplog.records]
+    assert any(
+        "blocks.0.up.weight: it has out_features=100, need a multiple of 64; it stays dense (skip it to silence this)" in m
+        for m in said
+    )
+    assert not any("head" in m for m in said)  # never wanted
+    caplog.clear()
+    torch._dynamo.reset()
+    compiled(Stack(MLP(ff=100), MLP()), skip=["blocks.0.*"])(torch.randn(3, 64))
+    assert not caplog.records
+    with pytest.raises(sparse24.SkippedError, match="out_features=100"):
+        compiled(Stack(MLP(ff=100)), strict=True)(torch.randn(3, 64))
+
+
+def test_meta_parameters_stay_dense_with_the_reason() -> None:
+    with torch.device("meta"):
+        model, x = Stack(MLP()), torch.randn(3, 64)
+    assert compiled(model)(x).shape == (3, 10)
+    assert "device meta" in sparse24.session(model).weights["blocks.0.up.weight"].reason_skipped
+
+
+def test_layers_and_skip_take_patterns() -> None:
+    model = Stack(MLP(), SwiGLU(), d=64, classes=64)
+    compiled(model, layers=["head.*", "*.up.weight"], skip=["blocks.1.*"])(torch.randn(1, 64))
+    assert sparse_names(model) == ["blocks.0.up.weight", "head.weight"]
+
+
+def test_attention_projections_are_an_option() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+            self.mlp = MLP()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (p(x).view(2, 16, 4, 16).transpose(1, 2) for p in (self.q, self.k, self.v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.mlp(x + self.o(y.transpose(1, 2).reshape(2, 16, 64)))
+
+    model, x = Stack(Block()), torch.randn(2, 16, 64)
+    compiled(model)(x)
+    assert sparse_names(model) == ["blocks.0.mlp.up.weight", "blocks.0.mlp.down.weight"]
+    torch._dynamo.reset()
+    run = compiled(model, layers="all")
+    from models import masked_twin
+
+    run(x)
+    assert len(sparse_names(model)) == 6
+    assert relative(run(x), masked_twin(model)(x)) < 1e-5
+
+
+def test_a_graph_that_cannot_be_compiled_stays_dense(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An exception of ours costs speed, never the run; strict=True shows it."""
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(backend, "rewrite", broken)
+    model, x = Stack(MLP()), torch.randn(4, 64)
+    run = compiled(model)
+    assert relative(run(x), model(x)) < 1e-6
+    reason = sparse24.session(model).weights["blocks.0.up.weight"].reason_skipped
+    assert reason == "compilation failed: RuntimeError: no such luck"
+    assert any("they stay dense" in r.getMessage() for r in caplog.records)
+    train(run, torch.optim.SGD(model.parameters(), lr=1e-2), 1)
+    assert sparse24.session(model).step == 0
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no such luck"):
+        compiled(Stack(MLP()), strict=True)(x)
+
+
+def test_mode_reaches_inductor() -> None:
+    model, x = MLP(), torch.randn(4, 64)
+    run = torch.compile(model, backend="sparse24", mode="max-autotune-no-cudagraphs")
+    y = run(x)
+    assert sparse_names(model) == ["up.weight", "down.weight"] and y.isfinite().all()
+    torch._dynamo.reset()
+    options = {"inductor": {"epilogue_fusion": False}}
+    assert relative(torch.compile(model, backend="sparse24", options=options)(x), y) < 1e-6
+
+
+def test_recompiled_with_another_recipe_the_new_one_is_in_force(caplog: pytest.LogCaptureFixture) -> None:
+    model = Stack(MLP())
+    compiled(model, decay=0.5)(torch.randn(1, 64))
+    torch._dynamo.reset()
+    compiled(model, decay=0.25)(torch.randn(1, 64))
+    assert {w.recipe.decay for w in sparse24.session(model).weights.values()} >= {0.25}
+    assert any("another recipe" in r.getMessage() for r in caplog.records)
+
+
+def test_recompiled_without_a_layer_that_layer_is_dense() -> None:
+    model, x = Stack(MLP()), torch.randn(4, 64)
+    compiled(model)(x)
+    torch._dynamo.reset()
+    compiled(model, skip=["*"])(x)
+    assert sparse_names(model) == []
+
+
+def test_training_step_function_and_model_compile() -> None:
+    model, x = Stack(MLP()), torch.randn(4, 64)
+
+    @torch.compile(backend="sparse24", options={"inner": "aot_eager", "wgrad": "dense"}, fullgraph=True)
+    def loss_of(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return m(x).square().mean()
+
+    expected = loss_of(model, x)
+    assert sparse_names(model) == ["blocks.0.up.weight", "blocks.0.down.weight"]
+    model.compile(backend="sparse24", options={"inner": "aot_eager", "wgrad": "dense"})
+    assert relative(model(x).square().mean(), expected) < 1e-6
+
+
+def run_python(code: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_no_import_of_sparse24_is_needed(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch, torch.nn as nn\n"
+        "m = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))\n"
+        "assert 'sparse24' not in sys.modules and 'sparse24' in torch.compiler.list_backends()\n"
+        "c = torch.compile(m, backend='sparse24', options={'inner': 'eager'})\n"
+        "c(torch.randn(3, 64)).sum().backward()\n"
+        "import sparse24\n"
+        "print(len(sparse24.session(c).weights), m[0].weight.grad.shape)"
+    )
+    assert run_python(code, tmp_path) == "2 torch.Size([128, 64])"
+
+
+@pytest.mark.parametrize("name", ["compiler", "passes", "kernels"])
+def test_only_sparse24_becomes_importable(name: str, tmp_path: Path) -> None:
+    code = f"import importlib.util as u, sparse24.{name}; print(u.find_spec({name!r}))"
+    assert run_python(code, tmp_path) == "None"
