@@ -8,6 +8,7 @@ follows the weight and not the graph, so one graph serves every block of a model
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..kernels import providers
+from ..kernels.gain import gain
 from ..passes.find import Linear, find_linears
 from ..passes.rewrite import Group, rewrite
 from . import (
@@ -83,10 +85,12 @@ class SparseGraph:
         self.sites: list[tuple[int, Linear]] = []  # (which input is the weight, its linear)
         for linear in self.linears:
             param = example_inputs[position[linear.weight]] if linear.weight else None
-            reason = linear.reason or (_why_slow(param, linear) if recipe.when == "faster" else None)
+            reason = linear.reason
             if reason is None:
+                reason, linear = _decide(param, linear, recipe)
+            if reason is None:
+                weights.attach(param, linear.name, recipe).wgrad = linear.wgrad
                 self.sites.append((position[linear.weight], linear))
-                weights.attach(param, linear.name, recipe)
             else:
                 self._leave_dense(param, linear, reason)
         self.dynamic = any(_is_dynamic(n) for n in gm.graph.nodes if n.op == "placeholder")
@@ -126,7 +130,7 @@ class SparseGraph:
             return _compile_inner(gm, args, inner, self.mode)
         sites = [i for i in range(len(self.sites)) if active >> i & 1]
         try:
-            groups = rewrite(gm, [self.sites[i][1] for i in sites], wgrad=self.recipe.wgrad)
+            groups = rewrite(gm, [self.sites[i][1] for i in sites])
             _name_sources(gm)
             variant = Variant(self, groups)
             variant.compiled = _compile_inner(gm, [*args, *variant.examples(args)], inner, self.mode)
@@ -145,7 +149,7 @@ class SparseGraph:
             return self._variant(0, args, at_compile_time)
 
     def _leave_dense(self, param: Any, linear: Linear, reason: str) -> None:
-        if linear.wanted:
+        if linear.wanted and not reason.startswith(weights.SLOWER):
             message = f"sparse24: {linear.name}: {reason}; it stays dense (skip it to silence this)"
             if self.recipe.strict:
                 raise SkippedError(message)
@@ -165,7 +169,7 @@ class Variant:
         self.recipe = graph.recipe
         inputs = {linear: index for index, linear in graph.sites}
         self.groups = [(group, [inputs[linear] for linear in group.linears]) for group in groups]
-        self.draws = self.recipe.wgrad == "mvue"
+        self.draws = any(group.wgrad == "mvue" for group in groups)
 
     def _weights(self, args: Sequence[Any]) -> list[tuple[SparseWeight, ...]]:
         found = []
@@ -221,8 +225,31 @@ def ineligible(param: Any) -> str | None:
     return None
 
 
-def _why_slow(param: Any, linear: Linear) -> str | None:
-    return providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
+def _decide(param: Tensor, linear: Linear, recipe: Recipe) -> tuple[str | None, Linear]:
+    """(why it stays dense, or None;  the linear with its way of taking the weight gradient).
+
+    A weight is decided on once: another graph, another number of tokens or a resumed run find the same.
+    """
+    known = weights.get(param)
+    if known is not None and known.recipe == recipe and known.decided:
+        return known.reason_skipped, replace(linear, wgrad=known.wgrad)
+    waiting = weights.waiting(param)
+    if "wgrad" in waiting:
+        return waiting.get("reason"), replace(linear, wgrad=waiting["wgrad"])
+    if recipe.when == "always":
+        return None, replace(linear, wgrad=recipe.wgrad)
+    shape = (linear.out_features, linear.in_features)
+    slow = providers.why_slow(*shape, linear.dtype, param.device)
+    if slow is not None:
+        return slow, linear
+    try:
+        found = gain(*shape, linear.tokens, linear.dtype, param.dtype, param.device, recipe.wgrad)
+    except torch.OutOfMemoryError:
+        log.warning("sparse24: %s: no memory is left to measure whether it gains; it is sparse", linear.name)
+        return None, replace(linear, wgrad=recipe.wgrad)
+    if not found.faster:
+        return f"{weights.SLOWER}, {found.dense_ms:.2f} ms a step against {found.sparse_ms:.2f} ms", linear
+    return None, replace(linear, wgrad=found.wgrad)
 
 
 def _is_dynamic(placeholder: torch.fx.Node) -> bool:

@@ -106,15 +106,17 @@ class Session:
                 weights.expect(param, {"phase": phase})
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside model and optimizer that the next step depends on: masks, counters, phase, recipe.
+        """Everything beside model and optimizer that the next step depends on: masks, counters, phase, recipe, choices by speed.
 
         Tensors are on the CPU. Restored in a new process with `load_state_dict`, a run goes on with the same numbers.
         """
-        known = {name: w for name, w in self.weights.items() if w.reason_skipped is None}
+        everything = self.weights
+        known = {name: w for name, w in everything.items() if w.reason_skipped is None}
         return {
             "format": _FORMAT,
             "recipe": {name: w.recipe.method() for name, w in known.items()},
             "weights": {name: w.state() for name, w in known.items()},
+            "dense": {name: w.reason_skipped for name, w in everything.items() if w.reason_skipped and w.decided},
         }
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
@@ -141,6 +143,9 @@ class Session:
                 raise StateError(f"sparse24: this model trains {name} sparse, which the state does not hold")
             if weight.reason_skipped is None and strict:
                 weights.check_recipe(state["recipe"][name], weight.recipe)
+        for name, reason in state["dense"].items():
+            if name in params and weights.get(params[name]) is None:
+                weights.expect(params[name], {"reason": reason, "wgrad": "dense"})
         for name, saved in state["weights"].items():
             recipe = {"recipe": state["recipe"][name]} if strict else {}
             weights.expect(params[name], {**saved, **recipe})

@@ -17,6 +17,9 @@ from .recipe import Recipe
 
 log = logging.getLogger("sparse24")
 
+#: How the reason begins of a layer that is dense because that was measured to be faster: a choice, not a defect.
+SLOWER = "dense is faster here"
+
 _registry: Any = WeakTensorKeyDictionary()  # parameter -> SparseWeight
 _pending: Any = WeakTensorKeyDictionary()  # parameter -> state that waits for its SparseWeight
 _layers = 0  # weights made so far: gives each its own stream of random draws
@@ -27,7 +30,7 @@ class SparseWeight:
 
     name: the parameter's name as its graph spells it. reason_skipped: None, or why the weight stays dense. step: optimizer
     steps that changed it while it was registered. phase: "sparse" or "dense". flips: mask bits that changed at the last
-    refresh (None before the first).
+    refresh (None before the first). wgrad: "mvue" or "dense", what its weight gradient is taken from.
     """
 
     def __init__(self, param: Tensor, name: str, recipe: Recipe, reason_skipped: str | None = None) -> None:
@@ -35,6 +38,7 @@ class SparseWeight:
         self._param = TensorWeakRef(param)
         self.name, self.recipe, self.reason_skipped = name, recipe, reason_skipped
         self.shape = (param.shape[0], param.shape[1]) if param.dim() == 2 else tuple(param.shape)
+        self.wgrad = recipe.wgrad
         self.step = 0
         self.calls = 0  # forwards with gradients since the last optimizer step: the micro-step of method section 7
         self.flips: int | None = None
@@ -59,6 +63,11 @@ class SparseWeight:
     @property
     def sparse(self) -> bool:
         return self.phase == "sparse"
+
+    @property
+    def decided(self) -> bool:
+        """Whether sparse or dense was a choice by speed, or is in force already, and so is not to be made again."""
+        return self.reason_skipped is None or self.reason_skipped.startswith(SLOWER)
 
     def mask(self) -> Tensor:
         """bool of the parameter's shape ([out, in] for nn.Linear), True where kept. In the dense phase: the last mask.
@@ -150,6 +159,7 @@ class SparseWeight:
             "step": self.step,
             "calls": self.calls,
             "layer": self.layer,
+            "wgrad": self.wgrad,
             "phase": self.phase,
             "flips": self.flips,
             "mask": None if nibbles is None else _pair(nibbles).cpu(),
@@ -161,7 +171,7 @@ class SparseWeight:
             raise StateError(
                 f"sparse24: the loaded state holds {self.name} as sparse, but here it stays dense: {self.reason_skipped}"
             )
-        for key in ("step", "calls", "layer", "phase", "flips"):
+        for key in ("step", "calls", "layer", "wgrad", "phase", "flips"):
             setattr(self, key, state.get(key, getattr(self, key)))
         mask = state.get("mask")
         if mask is not None:
@@ -294,7 +304,10 @@ def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
 
 def skip(param: Tensor, name: str, recipe: Recipe, reason: str) -> None:
     """Record that a graph leaves a parameter dense. One that another graph of the same recipe has made sparse stays so."""
-    if param in _pending and "step" in _pending[param]:
+    state = _pending.get(param, {})
+    if state.get("reason") == reason:
+        del _pending[param]
+    elif "step" in state:
         raise StateError(f"sparse24: the loaded state holds {name} as sparse, but here it stays dense: {reason}")
     weight = get(param)
     if weight is None or weight.reason_skipped is not None or weight.recipe.method() != recipe.method():

@@ -29,7 +29,8 @@ SIZES = {
     "ff": (2048, 512),
     "context": (1024, 256),
     "batch": (16, 8),
-    "steps": (1500, 300),
+    "steps": (1500, 250),
+    "lr": (1e-3, 2e-3),
 }
 
 
@@ -39,10 +40,11 @@ def parser() -> argparse.ArgumentParser:
 
     def sized(name: str, text: str) -> None:
         gpu, cpu = SIZES[name]
-        p.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: {gpu} on a GPU, {cpu} on a CPU)")
+        text += f" (default: {gpu} on a GPU, {cpu} on a CPU)"
+        p.add_argument(f"--{name}", type=type(gpu), metavar="N", help=text)
 
     sized("steps", "optimizer steps of each run")
-    p.add_argument("--lr", type=float, default=1e-3, metavar="X", help="peak learning rate of AdamW")
+    sized("lr", "peak learning rate of AdamW")
     p.add_argument("--warm-up", type=int, metavar="N", help="steps of linear warm-up (default: a fifteenth of --steps)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and gradient pruning")
     p.add_argument("--device", type=torch.device, metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if present)")

@@ -75,8 +75,12 @@ def nibble_address(m: Tensor, c: Tensor, rows: int, cols: int, order: str) -> tu
     return 4 * word + 2 * ((m % 16) // 8) + (c % 4) // 2, 4 * (c % 2) + 0 * m
 
 
-@lru_cache(maxsize=64)
 def _addresses(rows: int, cols: int, order: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`nibble_address` of a whole matrix; kept on the CPU, where the ops run through it, made anew on a GPU's memory."""
+    return (_kept_addresses if device.type == "cpu" else _make_addresses)(rows, cols, order, device)
+
+
+def _make_addresses(rows: int, cols: int, order: str, device: torch.device) -> tuple[Tensor, Tensor]:
     if rows % ROW_BLOCK[order] or cols % 32:
         raise ValueError(
             f"sparse24: found a {rows}x{cols} matrix, need rows in multiples of {ROW_BLOCK[order]} and columns of 32 ({order})"
@@ -85,6 +89,9 @@ def _addresses(rows: int, cols: int, order: str, device: torch.device) -> tuple[
     c = torch.arange(cols // 4, device=device)[None]
     byte, shift = nibble_address(m, c, rows, cols, order)
     return byte, shift.to(torch.uint8)
+
+
+_kept_addresses = lru_cache(maxsize=32)(_make_addresses)
 
 
 def read_nibbles(metadata: Tensor, rows: int, cols: int, order: str) -> Tensor:

@@ -2,14 +2,15 @@
 
 Letters: T tokens, K in_features, F features of an output, rows x cols a packed matrix. Dtypes are fp32, bf16 or fp16; packed
 buffers have the dtype of what they multiply (form: `layout`). CPU tensors run `reference`; CUDA tensors run the Triton
-kernels, and the matmuls the provider chosen in `providers`. No op here has an autograd formula of its own except `glu`:
+kernels, and the matmuls the provider that `choice` takes. No op here has an autograd formula of its own except `glu`:
 `linear` puts them together into differentiable functions.
 """
 
 import torch
 from torch import Tensor
 
-from . import layout, providers, reference
+from . import choice, layout, reference
+from .providers import Problem
 from .reference import padded
 
 _lib = torch.library.Library("sparse24", "DEF")
@@ -102,13 +103,11 @@ def masked_decay_(grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, r
 
 
 def _run_spmm(packed: Tensor, x: Tensor, rows: int) -> Tensor:
-    problem = providers.Problem("spmm", rows, x.shape[1], x.shape[0], x.dtype, x.device)
-    return providers.choose(problem).run(problem, packed, x)
+    return choice.matmul(Problem("spmm", rows, x.shape[1], x.shape[0], x.dtype, x.device), packed, x)
 
 
 def _run_wgrad(packed: Tensor, x: Tensor, rows: int) -> Tensor:
-    problem = providers.Problem("wgrad", rows, padded(x.shape[0]), x.shape[1], x.dtype, x.device)
-    return providers.choose(problem).run(problem, packed, x)
+    return choice.matmul(Problem("wgrad", rows, padded(x.shape[0]), x.shape[1], x.dtype, x.device), packed, x)
 
 
 _FUSED = ("pack_gradient", "glu", "glu_backward", "glu_backward_pack", "pack_weight_", "masked_decay_")

@@ -1,8 +1,9 @@
-"""Who multiplies: a provider is a small class with `supports(problem)` and `run(...)`; the first that supports a problem runs.
+"""Who multiplies: a provider is a small class with `supports(problem)` and `run(...)`. Adding one touches no other file.
 
-Every provider computes the same product, packed [rows, K] times a dense operand, and differs in how.
+Every provider computes the same product, packed [rows, inner] times a dense operand, and differs in how. `choice` picks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -10,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import layout, reference
+from . import cusparselt, layout, reference
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One matmul with a packed operand.
 
-    direction "spmm":  packed [rows, inner], x [tokens, inner] -> [tokens, rows]     (forward and dgrad)
-    direction "wgrad": packed [rows, inner], x [<= inner, out] -> [rows, out]        (inner = padded tokens)
-    `outer` is the dimension of x that the product keeps.
+    direction "spmm":  packed [rows, inner], x [outer, inner] -> [outer, rows]       (forward and dgrad; outer = tokens)
+    direction "wgrad": packed [rows, inner], x [<= inner, outer] -> [rows, outer]    (inner = padded tokens)
     """
 
     direction: Literal["spmm", "wgrad"]
@@ -33,9 +33,17 @@ class Problem:
 class Provider(Protocol):
     name: str
 
-    def supports(self, problem: Problem) -> bool: ...
+    def supports(self, problem: Problem) -> bool:
+        """Whether `run` can compute it, fast or not."""
+        ...
 
-    def run(self, problem: Problem, packed: Tensor, x: Tensor) -> Tensor: ...
+    def algorithms(self, problem: Problem) -> Sequence[int | None]:
+        """Ways of computing it to choose between; [None] where there is one."""
+        ...
+
+    def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
+        """The product, [outer, rows] or [rows, outer], contiguous."""
+        ...
 
 
 class MaskedDense:
@@ -46,13 +54,48 @@ class MaskedDense:
     def supports(self, problem: Problem) -> bool:
         return True
 
-    def run(self, problem: Problem, packed: Tensor, x: Tensor) -> Tensor:
+    def algorithms(self, problem: Problem) -> Sequence[int | None]:
+        return [None]
+
+    def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
         twin = reference.spmm if problem.direction == "spmm" else reference.wgrad
         return twin(packed, x, problem.rows)
 
 
+class CusparseLt:
+    """cuSPARSELt with kept plans; every algorithm the library offers is a candidate."""
+
+    name = "cusparselt"
+
+    def supports(self, problem: Problem) -> bool:
+        return why_slow(problem.rows, problem.inner, problem.dtype, problem.device) is None and (
+            problem.device.type == "cuda" and problem.outer > 0 and problem.inner > 0
+        )
+
+    def _shape(self, problem: Problem) -> cusparselt.Shape:
+        spmm = problem.direction == "spmm"
+        outer = _aligned(problem.outer)
+        return cusparselt.Shape(problem.rows, outer, problem.inner, problem.dtype, spmm, spmm)
+
+    def algorithms(self, problem: Problem) -> Sequence[int | None]:
+        known = cusparselt.plan(self._shape(problem), None, problem.device).algorithms
+        return range(min(known, cusparselt.SAFE_ALGORITHMS))
+
+    def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
+        shape = self._shape(problem)
+        if problem.direction == "spmm":
+            x = _padded(x, shape.n, x.shape[1])
+            y = x.new_empty(shape.n, problem.rows)
+        else:
+            x = _padded(x, problem.inner, shape.n)
+            y = x.new_empty(problem.rows, shape.n)
+        with torch.cuda.device(problem.device):
+            cusparselt.plan(shape, algorithm, problem.device)(packed, x, y)
+        return y[: problem.outer] if problem.direction == "spmm" else y[:, : problem.outer].contiguous()
+
+
 class TorchCusparselt:
-    """`torch._cslt_sparse_mm`: sparse tensor cores, with descriptors and plan built anew at every call."""
+    """`torch._cslt_sparse_mm`: cuSPARSELt with descriptors and plan built anew at every call. Serves where ctypes cannot."""
 
     name = "torch_cusparselt"
 
@@ -66,23 +109,31 @@ class TorchCusparselt:
             and problem.inner > 0
         )
 
-    def run(self, problem: Problem, packed: Tensor, x: Tensor) -> Tensor:
+    def algorithms(self, problem: Problem) -> Sequence[int | None]:
+        return [None]
+
+    def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
         compressed = packed.view(problem.rows, -1)
+        outer = _aligned(problem.outer)
         if problem.direction == "wgrad":
-            short = problem.inner - x.shape[0]
-            x = (F.pad(x, (0, 0, 0, short)) if short else x).contiguous()
-            return torch._cslt_sparse_mm(compressed, x)
-        short = -problem.outer % 8  # the library takes 16-byte rows only
-        x = (F.pad(x, (0, 0, 0, short)) if short else x).contiguous()
+            x = _padded(x, problem.inner, outer)
+            return torch._cslt_sparse_mm(compressed, x)[:, : problem.outer].contiguous()
+        x = _padded(x, outer, problem.inner)
         return torch._cslt_sparse_mm(compressed, x.t(), transpose_result=True)[: problem.outer]
 
 
-PROVIDERS: list[Provider] = [TorchCusparselt(), MaskedDense()]
+PROVIDERS: tuple[Provider, ...] = (CusparseLt(), TorchCusparselt(), MaskedDense())
 
 
-def choose(problem: Problem) -> Provider:
-    """The first provider that supports the problem."""
-    return next(p for p in PROVIDERS if p.supports(problem))
+def _aligned(outer: int) -> int:
+    """cuSPARSELt takes dense rows of whole 16 bytes only."""
+    return -(-outer // 8) * 8
+
+
+def _padded(x: Tensor, rows: int, cols: int) -> Tensor:
+    """x [<= rows, <= cols] with zeros behind, contiguous; x itself where it fits already."""
+    short = (0, cols - x.shape[1], 0, rows - x.shape[0])
+    return (F.pad(x, short) if any(short) else x).contiguous()
 
 
 def why_slow(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -90,10 +141,14 @@ def why_slow(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> 
     if device.type == "cpu":
         return None
     order = layout.arch(device)
-    if order is None or not torch.backends.cusparselt.is_available():
-        return f"{torch.cuda.get_device_name(device)} with this PyTorch has no 2:4 matmul that is known to be right"
+    if order is None:
+        return f"{torch.cuda.get_device_name(device)} has no sparse tensor cores whose format is known"
     if dtype not in (torch.float16, torch.bfloat16):
         return "it computes in float32, for which there is no 2:4 matmul; use autocast, or when='always'"
+    try:
+        cusparselt.library()
+    except cusparselt.Unavailable as error:
+        return f"there is no 2:4 matmul: {error}"
     block = layout.ROW_BLOCK[order]
     if rows % block or cols % block:
         return f"it is {rows}x{cols}, need multiples of {block} on this GPU"

@@ -128,7 +128,9 @@ def uniform(seed: Tensor, n: int) -> Tensor:
     """fp32 [n] in [0, 1), multiples of 2^-24: a counter-based stream of the 64-bit `seed` (int64, one element)."""
     counter = torch.arange(n, device=seed.device) & 0xFFFFFFFF
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    h = _mix32((_mix32(counter ^ low) + high) & 0xFFFFFFFF)
+    # Both keys depend on every bit of the seed: were they low and high, seeds 5 and 6 would permute the same numbers.
+    first, second = _mix32(low ^ _mix32(high)), _mix32((_mix32(low) + high) & 0xFFFFFFFF)
+    h = _mix32((_mix32(counter ^ first) + second) & 0xFFFFFFFF)
     return (h >> 8).to(torch.float32) * 2.0**-24
 
 
@@ -220,9 +222,13 @@ def glu(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 
 
 def _derivative(z: Tensor, kind: str) -> Tensor:
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        return torch.autograd.grad(ACTIVATIONS[kind](leaf).sum(), leaf)[0]
+    """ACTIVATIONS[kind]'(z). Not through autograd: under a dispatch mode nothing records inside an op."""
+    one = torch.ones_like(z)
+    if kind == "silu":
+        return torch.ops.aten.silu_backward(one, z)
+    if kind in ("gelu", "gelu_tanh"):
+        return torch.ops.aten.gelu_backward(one, z, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return torch.ops.aten.threshold_backward(one if kind == "relu" else 2.0 * F.relu(z), z, 0)
 
 
 def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:

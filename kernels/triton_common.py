@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the nibble addresses, the counter-based uniform, the launch.
+"""What the Triton kernels share: the nibble addresses, the pruning of a gradient and its uniforms, the launch.
 
 Every kernel is launched without FMA contraction: where something is decided (which mask, which lane) the order and the
 rounding of each operation are those of `reference`, bit by bit.
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def nibble_address(m, c, rows, cols, ORDER: tl.constexpr):
-    """Twin of `layout.nibble_address`: byte offset (int64) and bit shift of the nibble of group c in row m (ints >= 0)."""
+    """Twin of `layout.nibble_address`: byte offset (int64) and bit shift (int32) of the nibble of group c in row m."""
     m, c = m.to(tl.uint32), c.to(tl.uint32)  # unsigned: divisions by powers of two become shifts
     if ORDER == "sm_90":
         byte = (m // 64).to(tl.int64) * (8 * cols) + ((m % 64) // 16 * 64 + m % 8 * 8)
@@ -50,21 +50,21 @@ def load_kept(metadata, m, c, rows, cols, ORDER: tl.constexpr):
 def store_nibbles(metadata, nibbles, m0, c0, rows, cols, ORDER: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
     """Write int32 nibbles [R, G], the first one that of group c0 in row m0 (multiples of 64 and 16, as R and G are).
 
-    In both orders the eight nibbles of an aligned 32-bit word come from rows m, m + 8 and four of eight groups, so a tile
-    writes whole words and no other program's bits.
+    In both orders the eight nibbles of an aligned 32-bit word come from rows m, m + 8 and four of eight groups, so a
+    tile writes whole words and no other program's bits.
     """
     n = tl.reshape(nibbles, [R // 16, 2, 8, G // 8, 2, 2, 2])  # m/16, m/8%2, m%8, c/8, c/4%2, c/2%2, c%2
-    m8 = tl.reshape(tl.arange(0, 2), [1, 2, 1, 1, 1, 1, 1])
-    c4 = tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 2, 1, 1])
-    c2 = tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 2, 1])
-    c1 = tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 2])
     if ORDER == "sm_90":
-        n = tl.permute(n << (16 * c1 + 8 * c4 + 4 * m8), (0, 2, 3, 5, 1, 4, 6))
+        n = tl.permute(n, (0, 2, 3, 5, 6, 4, 1))
         second: tl.constexpr = 2  # groups from one word to the next
     else:
-        n = tl.permute(n << (16 * m8 + 8 * c2 + 4 * c1), (0, 2, 3, 4, 1, 5, 6))
+        n = tl.permute(n, (0, 2, 3, 4, 1, 5, 6))
         second: tl.constexpr = 4
-    words = tl.sum(tl.reshape(n, [R // 16, 8, G // 8, 2, 8]), 4)
+    # joined by splits and not by a sum: Triton 3.6 on a GPU adds up wrongly where a sum crosses warps in this layout
+    low, high = tl.split(n)
+    low, high = tl.split(low | high << 4)
+    low, high = tl.split(low | high << 8)
+    words = low | high << 16
     m16 = tl.reshape(tl.arange(0, R // 16), [R // 16, 1, 1, 1])
     m1 = tl.reshape(tl.arange(0, 8), [1, 8, 1, 1])
     c8 = tl.reshape(tl.arange(0, G // 8), [1, 1, G // 8, 1])
@@ -92,8 +92,73 @@ def _mix32(h):
 def uniform(seed, position):
     """Twin of `reference.uniform` at uint32 positions: fp32 in [0, 1). seed int64 scalar."""
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    h = _mix32(tl.add(_mix32(position ^ low), high, sanitize_overflow=False))
+    first, second = _mix32(low ^ _mix32(high)), _mix32(tl.add(_mix32(low), high, sanitize_overflow=False))
+    h = _mix32(tl.add(_mix32(position ^ first), second, sanitize_overflow=False))
     return (h >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _min(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _kept_value(x, c, total):
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    value = (_max(tl.abs(x), c).to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.where(total < float("inf"), tl.where(x == 0, 0.0, value), total)
+
+
+@triton.jit
+def mvue(x0, x1, x2, x3, u):
+    """Twin of `reference.mvue`: the nibble (int32) of each group and its two kept values, fp32.
+
+    Lane k is a spike exactly where a_k > rest, and then no other is; so the twin's rule that a spike is kept whatever
+    rounding did becomes, case by case: k = 0 needs i = 0; k = 1 needs i < 2, and j = 1 where i = 0; k = 2 needs j >= 2,
+    and j = 2 where i < 2; k = 3 has j = 3 anyway, since s3 = c then. Conditions cost a GPU less than lanes.
+    """
+    a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
+    h0, l0, h1, l1 = _max(a0, a1), _min(a0, a1), _max(a2, a3), _min(a2, a3)
+    mx, rest = _max(h0, h1), (_min(h0, h1) + l0) + l1
+    total = mx + rest
+    c = tl.where(mx > rest, rest, 0.5 * total)
+    s1 = _min(a0, c)
+    s2 = s1 + _min(a1, c)
+    s3 = s2 + _min(a2, c)
+    t = u * c
+    tc = t + c
+    after0, after1 = t >= s1, t >= s2
+    i1, i2 = after0 & (a0 <= rest), after1 & (h0 <= rest)  # i >= 1, i >= 2
+    j2 = after0 | (a2 > rest) | ((tc >= s2) & (a1 <= rest))  # j >= 2
+    j3 = after1 | ((tc >= s3) & (a2 <= rest) & ((a1 <= rest) | after0))  # j >= 3
+    first = _kept_value(tl.where(i2, x2, tl.where(i1, x1, x0)), c, total)
+    last = _kept_value(tl.where(j3, x3, tl.where(j2, x2, x1)), c, total)
+    return tl.where(i2, 2, tl.where(i1, 1, 0)) | tl.where(j3, 12, tl.where(j2, 8, 4)), first, last
+
+
+@triton.jit
+def prune_and_store(
+    packed, x0, x1, x2, x3, seed, t0, f0, tokens, features, ORDER: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
+):
+    """Prune fp32 [BT / 4, BF], x_i row i of each group, and write it as rows f0.. and columns t0.. of the packed form.
+
+    That is of [features, tokens], tokens a multiple of 64.
+    """
+    G: tl.constexpr = BT // 4
+    group, f = (t0 // 4 + tl.arange(0, G)).to(tl.uint32), (f0 + tl.arange(0, BF)).to(tl.uint32)
+    row = tl.mul(group, features.to(tl.uint32), sanitize_overflow=False)  # the twin's counter, too, is of 32 bits
+    u = uniform(seed, tl.add(row[:, None], f[None, :], sanitize_overflow=False))
+    nibbles, first, last = mvue(x0, x1, x2, x3, u)
+    dtype: tl.constexpr = packed.dtype.element_ty
+    values = tl.permute(tl.join(first.to(dtype), last.to(dtype)), (1, 0, 2))
+    store_values(packed, tl.reshape(values, [BF, BT // 2]), f0, t0 // 2, tokens, BF, BT // 2)
+    metadata = metadata_of(packed, features, tokens)
+    store_nibbles(metadata, tl.trans(nibbles), f0, t0 // 4, features, tokens, ORDER, BF, G)
 
 
 def launch(kernel: Any, grid: tuple[int, int], device: torch.device, *args: Any, **constants: Any) -> None:
@@ -120,7 +185,7 @@ def check_matrix(rows: int, cols: int, order: str) -> None:
 
 
 def check_packed(packed: Tensor, rows: int, cols: int) -> None:
-    """Raise ValueError where `packed` is not the packed form of a [rows, cols] matrix, at an address for wide stores."""
+    """Raise ValueError where `packed` is not the packed form of a [rows, cols] matrix, at an aligned address."""
     layout.split(packed, rows, cols)
     if packed.data_ptr() % 16:
         raise ValueError("sparse24: found a packed buffer at an odd address, need one aligned to 16 bytes")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from .graph import is_view, linear_args, mul_operands, op_name
+from .graph import is_view, linear_args, mul_operands, op_name, value
 
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
 GATED_KINDS = frozenset(_GATED.values())
@@ -40,15 +40,26 @@ def _unary(node: Node) -> tuple[str, Node] | None:
 
 
 def _alike(gate: Node, up: Node) -> bool:
-    """Whether two linears may become one: one input, one way of storing the weight, both with a bias or both without."""
+    """Whether two linears may become one: one input and dtype, one way of storing the weight, both or no bias."""
     a, b = linear_args(gate), linear_args(up)
+    gate_out, up_out = value(gate), value(up)
     return (
         a is not None
         and b is not None
         and a.x is b.x
         and a.transposed == b.transposed
         and (a.bias is None) == (b.bias is None)
+        and (gate_out is None or up_out is None or gate_out.dtype == up_out.dtype)
     )
+
+
+def _fusable(node: Node) -> bool:
+    """Whether the fused op can take in a node: a linear used once, its bias a vector (addmm may add a matrix)."""
+    args = linear_args(node)
+    if args is None or not _single(node):
+        return False
+    bias = None if args.bias is None else value(args.bias)
+    return args.bias is None or (bias is not None and bias.dim() == 1)
 
 
 def _single(node: Node) -> bool:
@@ -64,7 +75,7 @@ def match(node: Node) -> Fused | None:
             if unary is None or not _single(gate):
                 continue
             gate_in = unary[1]
-            if linear_args(gate_in) and linear_args(up) and _single(gate_in) and _single(up):
+            if _fusable(gate_in) and _fusable(up):
                 return Fused(_GATED[unary[0]], (gate_in, up), node) if _alike(gate_in, up) else None
             packed = _chunked_linear(gate_in, up)
             if packed is not None:
@@ -92,7 +103,7 @@ def match_parent(user: Node, node: Node) -> bool:
 def _ungated(kind: str, source: Node, output: Node) -> Fused | None:
     while is_view(source) and _single(source) and isinstance(source.args[0], Node):
         source = source.args[0]
-    return Fused(kind, (source,), output) if linear_args(source) and _single(source) else None
+    return Fused(kind, (source,), output) if _fusable(source) else None
 
 
 def _chunked_linear(first: Node, second: Node) -> Node | None:
@@ -110,4 +121,4 @@ def _chunked_linear(first: Node, second: Node) -> Node | None:
     example = source.meta.get("example_value")
     if pieces != 2 or example is None or dim not in (-1, example.dim() - 1):
         return None
-    return source if linear_args(source) and _single(source) and example.shape[-1] % 2 == 0 else None
+    return source if _fusable(source) and example.shape[-1] % 2 == 0 else None

@@ -1,8 +1,10 @@
 """Find every linear layer of a graph, what it is for, and why it stays dense where it does."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch.fx import GraphModule, Node
@@ -22,8 +24,8 @@ class Linear:
 
     name: the weight's name. weight: the whole graph's placeholder it comes in by. path, node: where it stands (`Region`).
     role: up, gate, down; q, k, v (kv, qkv where they are one), o; linear for any other. x: its input's node, so that linears of one path, x and family
-    may become one matmul. dtype: what it computes in (autocast included). reason: None, or why it stays dense. wanted: the
-    recipe asks for it, so that a reason is worth a warning.
+    may become one matmul. tokens: rows of its input, as far as known when compiled. dtype: what it computes in (autocast included). reason: None, or why it stays dense. wanted: the
+    recipe asks for it, so that a reason is worth a warning. wgrad: how `rewrite` takes its weight gradient.
     """
 
     name: str
@@ -34,10 +36,12 @@ class Linear:
     role: str
     in_features: int
     out_features: int
+    tokens: int
     dtype: torch.dtype
     transposed: bool
     reason: str | None = None
     wanted: bool = False
+    wgrad: str = "mvue"
 
 
 def find_linears(
@@ -85,10 +89,18 @@ def _describe(node: Node, args: LinearArgs, region: Region, role: str) -> tuple[
         role=role,
         in_features=shape[1],
         out_features=shape[0],
+        tokens=_tokens(out),
         dtype=out.dtype if out is not None else torch.float32,
         transposed=args.transposed,
     )
     return linear, weight
+
+
+def _tokens(out: torch.Tensor | None) -> int:
+    """Rows of a linear's output; where they are dynamic, those of the call that is compiled for."""
+    if out is None or not out.dim():
+        return 0
+    return math.prod(getattr(s.node, "hint", None) or 1 if isinstance(s, torch.SymInt) else int(s) for s in out.shape[:-1])
 
 
 def _uses(everything: list[Region]) -> dict[Node, int]:
@@ -142,13 +154,28 @@ def _roles(linears: dict[Node, LinearArgs], region: Region) -> dict[Node, str]:
                 roles[up] = "gate" if len(ups) > 1 and not _is_factor(up) else "up"
     for node in region.module.graph.nodes:
         if g.is_attention_core(node):
-            projections = _in_order([n for n in g.walk_back(node) if n in linears and n not in roles], region)
+            outs = {n for n in g.walk_forward(node, partial(_is_residual, region=region)) if n in linears}
+            found = [n for n in g.walk_back(node) if n in linears and n not in roles and _leads_to(n, outs)]
+            projections = _in_order(found, region)
             names = _PROJECTIONS.get(len(projections), ("q",) * len(projections))
             roles.update(zip(projections, names, strict=True))
-            for n in g.walk_forward(node):
-                if n in linears:
-                    roles.setdefault(n, "o")
+            for n in outs:
+                roles.setdefault(n, "o")
     return roles
+
+
+def _is_residual(node: Node, region: Region) -> bool:
+    """A sum of two things that are both computed: behind it stands the next layer or a head, no output projection."""
+    inputs = g.tensor_inputs(node)
+    return g.op_name(node) == "add" and len(inputs) > 1 and not any(_is_constant(n, region) for n in inputs)
+
+
+def _leads_to(projection: Node, outs: set[Node]) -> bool:
+    """Whether a linear feeds attention alone: beside it at most the output projections, as a gate of their input.
+
+    One that feeds other layers as well wrote the residual stream, which attention reads without a projection.
+    """
+    return all(n in outs for n in g.walk_forward(projection, g.is_attention_core) if g.linear_args(n))
 
 
 def _in_order(nodes: list[Node], region: Region) -> list[Node]:

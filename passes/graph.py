@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +99,8 @@ def value(node: Node) -> torch.Tensor | None:
 
 def tensor_inputs(node: Node) -> list[Node]:
     """Input nodes that are tensors or containers of tensors (a chunk's result)."""
-    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("example_value"), int | float | torch.SymInt)]
+    numbers = (int, float, torch.SymInt, torch.Size)
+    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("example_value"), numbers)]
 
 
 # --------------------------------------------------------------------------------------------------------- what a node is
@@ -117,6 +118,7 @@ _CREATION = {
     "new_tensor", "new_zeros", "new_ones", "new_full",
 }  # fmt: skip
 _CAST = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "_to_copy"}
+_PRODUCT = {"matmul", "bmm", "einsum", "baddbmm"}
 _DROPOUT = {"dropout", "alpha_dropout", "feature_alpha_dropout"}
 _LINEAR = {torch._C._nn.linear, torch.ops.aten.linear.default, torch.ops.aten.linear}
 _ADDMM = {torch.addmm, torch.ops.aten.addmm.default, torch.ops.aten.addmm}
@@ -169,17 +171,17 @@ def is_affine(node: Node, data_inputs: int) -> bool:
 
 
 def is_attention_core(node: Node) -> bool:
-    """The product with attention weights: the fused op, flex attention, or a matmul fed by a softmax."""
+    """The product with attention weights: the fused op, flex attention, or a matmul fed by a softmax of another one."""
     name = op_name(node)
     if "scaled_dot_product" in name or "flex_attention" in name:
         return True
-    if name not in ("matmul", "bmm", "einsum", "baddbmm"):
+    if name not in _PRODUCT:
         return False
     for n in node.all_input_nodes:
         while n.all_input_nodes and (is_shape(n) or op_name(n) in ("expand", "transpose", "permute")):
             n = n.all_input_nodes[0]
-        if op_name(n) in ("softmax", "_softmax"):
-            return True
+        if op_name(n) == "softmax" and any(op_name(scores) in _PRODUCT for scores in walk_back(n)):
+            return True  # a router's softmax, in contrast, is fed by a linear
     return False
 
 
@@ -226,15 +228,15 @@ def walk_back(start: Node, stop_at_linears: bool = True) -> Iterator[Node]:
                     queue.append(n)
 
 
-def walk_forward(start: Node) -> Iterator[Node]:
-    """All nodes that depend on `start`, not going past linears."""
+def walk_forward(start: Node, stop_at: Callable[[Node], bool]) -> Iterator[Node]:
+    """All nodes that depend on `start`, not going past linears and what `stop_at` names."""
     seen, queue = {start}, [start]
     while queue:
         for n in queue.pop().users:
             if n not in seen:
                 seen.add(n)
                 yield n
-                if not linear_args(n):
+                if not linear_args(n) and not stop_at(n):
                     queue.append(n)
 
 

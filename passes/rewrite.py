@@ -1,7 +1,7 @@
 """Replace linears by sparse ops, merging those that share an input and fusing the activations that have a kernel."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +28,15 @@ class Group:
         return self.linears[0].dtype
 
     @property
+    def wgrad(self) -> str:
+        return self.linears[0].wgrad
+
+    @property
     def transposed(self) -> bool:
         return self.linears[0].transposed
 
 
-def rewrite(gm: GraphModule, linears: Sequence[Linear], *, wgrad: str) -> list[Group]:
+def rewrite(gm: GraphModule, linears: Sequence[Linear]) -> list[Group]:
     """Make `linears` (of `find_linears` on the same graph) sparse, in place. Returns the groups, in operand order.
 
     The graph gets new last placeholders: SEEDS int64 [groups], and for each group its packed [F, K] and packed_t [K, F].
@@ -46,8 +50,10 @@ def rewrite(gm: GraphModule, linears: Sequence[Linear], *, wgrad: str) -> list[G
             found = match(node)
             if found is not None:
                 fused.update({n: found for n in found.linears})
+    wgrad = {by_path[s.path].node(s.node): s.wgrad for s in linears}
+    fused = {n: form for n, form in fused.items() if len({wgrad.get(m) for m in form.linears}) == 1}
     groups: list[Group] = []
-    for members in _merge(linears):
+    for members in merge(linears, lambda s: fused.get(by_path[s.path].node(s.node))):
         region = by_path[members[0].path]
         nodes = [region.node(m.node) for m in members]
         form = fused.get(nodes[0])
@@ -66,9 +72,9 @@ def rewrite(gm: GraphModule, linears: Sequence[Linear], *, wgrad: str) -> list[G
         nodes = [region.node(m.node) for m in group.linears]
         inputs = [region.add_input(top, name) for name in (*operand_names(i), SEEDS)]
         if group.kind is not None:
-            _replace_fused(fused[nodes[0]], nodes, inputs, i, wgrad, group.dtype)
+            _replace_fused(fused[nodes[0]], nodes, inputs, i, group)
         else:
-            _replace(nodes, inputs, i, wgrad, group)
+            _replace(nodes, inputs, i, group)
     for region in by_path.values():
         region.module.graph.lint()
         region.module.recompile()
@@ -80,12 +86,19 @@ def operand_names(group: int) -> tuple[str, str]:
     return f"sparse24_packed_{group}", f"sparse24_packed_t_{group}"
 
 
-def _merge(linears: Sequence[Linear]) -> list[list[Linear]]:
-    """Linears of one family that share an input come together: gate and up; q, k and v."""
+def merge(linears: Sequence[Linear], form_of: Callable[[Linear], Fused | None]) -> list[list[Linear]]:
+    """Linears of one family that share an input come together: gate and up; q, k and v.
+
+    Of several feed-forward layers on one input (experts that all see every token) each keeps its own fused activation.
+    """
     merged: dict[object, list[Linear]] = {}
     for linear in linears:
+        form = form_of(linear)
+        if form is not None and (len(form.linears) > 1 or linear.role == "up"):
+            merged.setdefault(form.output, []).append(linear)
+            continue
         family = {"up": "ffn", "gate": "ffn", "q": "attention", "k": "attention", "v": "attention"}.get(linear.role, linear.node)
-        merged.setdefault((linear.path, linear.x, family, linear.dtype, linear.transposed), []).append(linear)
+        merged.setdefault((linear.path, linear.x, family, linear.dtype, linear.transposed, linear.wgrad), []).append(linear)
     return list(merged.values())
 
 
@@ -99,34 +112,33 @@ def _arguments(nodes: list[Node]) -> list[g.LinearArgs]:
     return [a for a in args if a is not None]
 
 
-def _replace_fused(
-    form: Fused, nodes: list[Node], inputs: list[Node], index: int, wgrad: str, dtype: torch.dtype
-) -> None:
+def _replace_fused(form: Fused, nodes: list[Node], inputs: list[Node], index: int, group: Group) -> None:
     """linear(s) -> bias -> activation become one `sparse_linear_glu`."""
     args, graph = _arguments(nodes), nodes[0].graph
     packed, packed_t, seeds = inputs
     gated = form.kind in GATED_KINDS
-    with graph.inserting_before(form.output if gated else nodes[0]):
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    with graph.inserting_before(max(nodes, key=position.__getitem__)):
         biases = tuple(a.bias for a in args if a.bias is not None)
         bias = graph.call_function(torch.cat, (biases,)) if len(biases) > 1 else args[0].bias
         call = graph.call_function(
             sparse_linear_glu,
             (
-                _cast(graph, args[0].x, dtype),
+                _cast(graph, args[0].x, group.dtype),
                 tuple(a.weight for a in args),
                 packed,
                 packed_t,
                 seeds,
                 index,
-                wgrad,
-                args[0].transposed,
+                group.wgrad,
+                group.transposed,
                 bias,
                 form.kind,
             ),
         )
-    _carry(call, form.output)
+    _carry(call, form.output if gated else nodes[0])
     if gated:
-        form.output.replace_all_uses_with(call)
+        _hand_over(form.output, call, group.dtype)
         _erase([form.output, *nodes])
         return
     # ungated: the activation commutes with the reshapes between it and the linear, so the op takes the linear's place
@@ -135,12 +147,22 @@ def _replace_fused(
         assert isinstance(source, Node)
         source = source.args[0]
     assert isinstance(source, Node)
-    form.output.replace_all_uses_with(source)
+    _hand_over(form.output, source, group.dtype)
     nodes[0].replace_all_uses_with(call)
     _erase([form.output, nodes[0]])
 
 
-def _replace(nodes: list[Node], inputs: list[Node], index: int, wgrad: str, group: Group) -> None:
+def _hand_over(old: Node, new: Node, dtype: torch.dtype) -> None:
+    """Let `new`, of `dtype`, stand for `old`: autocast may have made the activation wider (a power on CUDA is fp32)."""
+    example = g.value(old)
+    if example is not None and example.dtype != dtype:
+        with old.graph.inserting_before(old):
+            new = old.graph.call_method("to", (new, example.dtype))
+        _carry(new, old)
+    old.replace_all_uses_with(new)
+
+
+def _replace(nodes: list[Node], inputs: list[Node], index: int, group: Group) -> None:
     """One or several linears of one input become one `sparse_linear`, its output split, biases added."""
     args, graph = _arguments(nodes), nodes[0].graph
     packed, packed_t, seeds = inputs
@@ -149,9 +171,11 @@ def _replace(nodes: list[Node], inputs: list[Node], index: int, wgrad: str, grou
         x = _cast(graph, args[0].x, group.dtype)
         weights = tuple(a.weight for a in args)
         call = graph.call_function(
-            sparse_linear, (x, weights, packed, packed_t, seeds, index, wgrad, group.transposed)
+            sparse_linear, (x, weights, packed, packed_t, seeds, index, group.wgrad, group.transposed)
         )
     _carry(call, nodes[0])
+    if len(nodes) > 1:
+        call.meta.pop("example_value", None)  # it has the width of one
     offset = 0
     for node, arg, linear in zip(nodes, args, group.linears, strict=True):
         with graph.inserting_before(node):

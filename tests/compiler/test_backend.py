@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from models import MLP, Stack, SwiGLU, compiled, relative, sparse_names, train
+from .models import MLP, Stack, SwiGLU, compiled, relative, sparse_names, train
 
 import sparse24
 from sparse24.compiler import backend
@@ -92,7 +92,7 @@ def test_attention_projections_are_an_option() -> None:
     assert sparse_names(model) == ["blocks.0.mlp.up.weight", "blocks.0.mlp.down.weight"]
     torch._dynamo.reset()
     run = compiled(model, layers="all")
-    from models import masked_twin
+    from .models import masked_twin
 
     run(x)
     assert len(sparse_names(model)) == 6

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from models import MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names, train
+from .models import MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names, train
 from torch.utils.checkpoint import checkpoint
 
 import sparse24

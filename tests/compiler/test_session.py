@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from models import MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names, train
+from .models import MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names, train
 
 import sparse24
 

@@ -1,0 +1,62 @@
+"""What the benchmarks share: where a number was taken, and saving it."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """GPU, clocks, versions, date and the command: every result carries them."""
+    import triton
+
+    from sparse24.kernels import cusparselt
+
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,power.limit", "--format=csv,noheader"]
+    try:
+        clocks = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        clocks = ""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "clocks_and_power": clocks,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cusparselt": cusparselt.version() if torch.cuda.is_available() else "",
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def save(path: Path, payload: dict[str, Any]) -> None:
+    """JSON, written to a temporary file and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump({"environment": environment(), **payload}, file, indent=1)
+        file.write("\n")
+    os.replace(file.name, path)
+    print(f"wrote {path}")
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    """p20, p50, p80."""
+    ordered = sorted(times)
+    at = [ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))] for q in (0.2, 0.5, 0.8)]
+    return dict(zip(("p20", "p50", "p80"), at, strict=True))
+
+
+def parser(description: str | None, default: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", type=Path, default=RESULTS / default, help="file the result is written to")
+    return p

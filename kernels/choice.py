@@ -1,0 +1,223 @@
+"""Which provider and which of its algorithms multiplies: chosen by measurement, once for a GPU, library versions and shape.
+
+Every candidate's numbers are checked against the masked dense product before it is timed: some algorithms of some versions of
+cuSPARSELt return wrong numbers without an error (pytorch#155333). Choices are kept on disk, in $SPARSE24_CACHE or
+~/.cache/sparse24; a cache that is damaged, or of another GPU or version, is ignored with a warning.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import cusparselt, layout
+from .providers import PROVIDERS, MaskedDense, Problem, Provider
+
+log = logging.getLogger("sparse24")
+
+#: Relative error (Frobenius) above which a candidate is struck: twice what rounding the result to bf16 costs, plus summation.
+TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """provider and algorithm for a problem, its time and that of the dense product of the same shape, in ms (nan: not measured)."""
+
+    provider: str
+    algorithm: int | None = None
+    ms: float = float("nan")
+    dense_ms: float = float("nan")
+
+
+KERNEL = "kernel"  # what stands for a provider in the cache where one kernel was timed
+_BY_NAME: dict[str, Provider] = {p.name: p for p in PROVIDERS}
+_choices: dict[Problem, Choice] = {}
+
+
+def matmul(problem: Problem, packed: Tensor, x: Tensor) -> Tensor:
+    """The product, by the chosen provider."""
+    choice = choose(problem)
+    return _BY_NAME[choice.provider].run(problem, packed, x, choice.algorithm)
+
+
+def choose(problem: Problem) -> Choice:
+    """The choice for a problem, measured at first use. Numbers of tokens close to each other share one measurement."""
+    found = _choices.get(problem)
+    if found is None:
+        found = _choices[problem] = _find(problem)
+    return found
+
+
+def _find(problem: Problem) -> Choice:
+    first = next(p for p in PROVIDERS if p.supports(problem))
+    if problem.device.type != "cuda" or isinstance(first, MaskedDense):
+        return Choice(first.name)
+    if torch.cuda.is_current_stream_capturing():
+        return Choice(first.name)  # nothing can be measured here; a later call outside of a capture does not come
+    rounded = _rounded(problem)
+    store = _store(problem.device)
+    key = _key(rounded)
+    if key not in store.choices:
+        store.add(key, measure(rounded))
+    return store.choices[key]
+
+
+def _rounded(problem: Problem) -> Problem:
+    """The problem with its number of tokens rounded up to eight steps an octave."""
+    spmm = problem.direction == "spmm"
+    tokens = problem.outer if spmm else problem.inner
+    step = max(64, 1 << max(0, tokens.bit_length() - 4))
+    tokens = -(-tokens // step) * step
+    outer, inner = (tokens, problem.inner) if spmm else (problem.outer, tokens)
+    return Problem(problem.direction, problem.rows, inner, outer, problem.dtype, problem.device)
+
+
+def kept(device: torch.device, key: str, measure: Callable[[], float]) -> float:
+    """A measured time in ms, from the cache where it is there."""
+    store = _store(device)
+    if key not in store.choices:
+        store.add(key, Choice(KERNEL, ms=measure()))
+    return store.choices[key].ms
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def measure(problem: Problem) -> Choice:
+    """Check and time every candidate on random data; the fastest right one. Some milliseconds to a second."""
+    with torch.no_grad(), torch.cuda.device(problem.device):
+        packed, x, dense = _data(problem)
+        expected = dense()
+        fastest = Choice(MaskedDense.name)
+        best = float("inf")
+        for provider in PROVIDERS:
+            if isinstance(provider, MaskedDense) or not provider.supports(problem):
+                continue
+            for algorithm in _algorithms(provider, problem):
+                ms = _try(provider, problem, packed, x, algorithm, expected)
+                if ms is not None and ms < best:
+                    best, fastest = ms, Choice(provider.name, algorithm)
+        if fastest.provider == MaskedDense.name:
+            log.warning("sparse24: no provider multiplies %s right; masked dense matmuls serve", problem)
+        runner = _BY_NAME[fastest.provider]
+        sparse_ms, dense_ms = _side_by_side(lambda: runner.run(problem, packed, x, fastest.algorithm), dense)
+        return Choice(fastest.provider, fastest.algorithm, sparse_ms, dense_ms)
+
+
+def _data(problem: Problem) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+    """packed, x, and the dense product of the same numbers."""
+    generator = torch.Generator(problem.device).manual_seed(0)
+    order = layout.metadata_order(problem.device)
+    shape = (problem.rows, problem.inner)
+    a = torch.randn(shape, generator=generator, device=problem.device).to(problem.dtype)
+    keep = torch.rand(problem.rows, problem.inner // 4, 4, generator=generator, device=problem.device).argsort(-1) < 2
+    mask = keep.view(shape)
+    a = a * mask
+    x_shape = (problem.outer, problem.inner) if problem.direction == "spmm" else (problem.inner, problem.outer)
+    x = torch.randn(x_shape, generator=generator, device=problem.device).to(problem.dtype)
+    packed = layout.pack(a, mask, order)
+    return packed, x, (lambda: x @ a.t()) if problem.direction == "spmm" else (lambda: a @ x)
+
+
+def _algorithms(provider: Provider, problem: Problem) -> list[int | None]:
+    try:
+        return list(provider.algorithms(problem))
+    except (cusparselt.Failed, cusparselt.Unavailable, RuntimeError) as error:
+        log.info("sparse24: %s does not serve %s: %s", provider.name, problem, error)
+        return []
+
+
+def _try(
+    provider: Provider, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None, expected: Tensor
+) -> float | None:
+    """ms of a candidate, None where it errs or its numbers are wrong in one of three runs."""
+    try:
+        for _ in range(3):
+            y = provider.run(problem, packed, x, algorithm).float()
+            error = (y - expected.float()).norm() / expected.float().norm()
+            if not error < TOLERANCE:
+                log.warning("sparse24: struck %s algorithm %s for %s: wrong numbers", provider.name, algorithm, problem)
+                return None
+        return time_ms(lambda: provider.run(problem, packed, x, algorithm), 5)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        log.error("sparse24: measuring %s algorithm %s for %s failed for good", provider.name, algorithm, problem)
+        raise  # no memory, or an error after which this process cannot use the GPU
+    except RuntimeError as error:
+        log.info("sparse24: struck %s algorithm %s for %s: %s", provider.name, algorithm, problem, error)
+        return None
+
+
+def time_ms(run: Callable[[], object], repeats: int) -> float:
+    """ms a call on the device, after one that does not count."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    run()
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / repeats
+
+
+def _side_by_side(a: Callable[[], Tensor], b: Callable[[], Tensor]) -> tuple[float, float]:
+    """Medians of both, taken in turns: the clock follows the load."""
+    times = [(time_ms(a, 5), time_ms(b, 5)) for _ in range(5)]
+    return sorted(t for t, _ in times)[2], sorted(t for _, t in times)[2]
+
+
+# --------------------------------------------------------------------------------------------------------------- on disk
+
+
+class _Store:
+    """Choices of one GPU model, in memory and on disk."""
+
+    def __init__(self, path: Path, header: dict[str, str]) -> None:
+        self.path, self.header = path, header
+        self.choices: dict[str, Choice] = {}
+        try:
+            saved = json.loads(path.read_text())
+            if saved["header"] != header:
+                raise ValueError(f"it is of {saved['header']}")
+            self.choices = {key: Choice(**value) for key, value in saved["choices"].items()}
+            if any(c.provider not in (KERNEL, *_BY_NAME) for c in self.choices.values()):
+                raise ValueError("it names unknown providers")
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.choices = {}
+            log.warning("sparse24: ignored the cache of measured choices %s: %s", path, error)
+
+    def add(self, key: str, choice: Choice) -> None:
+        self.choices[key] = choice
+        text = json.dumps({"header": self.header, "choices": {k: asdict(c) for k, c in self.choices.items()}}, indent=1)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                file.write(text)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            log.warning("sparse24: could not save measured choices to %s: %s", self.path, error)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("SPARSE24_CACHE") or Path.home() / ".cache" / "sparse24")
+
+
+@lru_cache(maxsize=8)
+def _store(device: torch.device) -> _Store:
+    name = torch.cuda.get_device_name(device)
+    header = {"gpu": name, "torch": torch.__version__, "cusparselt": cusparselt.version(), "format": "1"}
+    slug = "".join(ch if ch.isalnum() else "-" for ch in f"{name}-{header['torch']}-{header['cusparselt']}")
+    return _Store(cache_folder() / f"{slug}.json", header)
+
+
+def _key(problem: Problem) -> str:
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return f"{problem.direction} {problem.rows}x{problem.inner}x{problem.outer} {dtype}"

@@ -1,0 +1,78 @@
+"""Would a layer gain: its sparse GEMMs and everything that packing costs, against its dense GEMMs, as measured on this GPU."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from . import choice, layout, ops
+from .providers import Problem
+from .reference import padded
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """ms of one training step of one layer. wgrad: "dense" where the pruned weight gradient would not pay for its packing."""
+
+    sparse_ms: float
+    dense_ms: float
+    wgrad: str
+
+    @property
+    def faster(self) -> bool:
+        return not self.sparse_ms >= self.dense_ms  # nan: nothing was measured
+
+
+def gain(
+    rows: int, cols: int, tokens: int, dtype: torch.dtype, master: torch.dtype, device: torch.device, wgrad: str
+) -> Gain:
+    """For a weight [rows, cols] of dtype `master`, multiplied in `dtype` with `tokens` tokens at an optimizer step each.
+
+    Counted: forward, dgrad, wgrad; pruning and packing the output gradient; repacking the weight and the masked decay once. The
+    search of the masks, once in `refresh_every` steps, costs about as much as one repacking and is left out.
+    """
+    if device.type != "cuda":
+        return Gain(math.nan, math.nan, wgrad)
+    forward = choice.choose(Problem("spmm", rows, cols, tokens, dtype, device))
+    dgrad = choice.choose(Problem("spmm", cols, rows, tokens, dtype, device))
+    dense = forward.dense_ms + dgrad.dense_ms
+    sparse = forward.ms + dgrad.ms + _kernel_ms("pack_weight", rows, cols, master, dtype, device)
+    product = choice.choose(Problem("wgrad", rows, padded(tokens), cols, dtype, device))
+    dense_wgrad, sparse_wgrad = product.dense_ms, math.inf
+    if wgrad == "mvue":
+        sparse_wgrad = product.ms + _kernel_ms("pack_gradient", tokens, rows, dtype, dtype, device)
+    kept = "mvue" if sparse_wgrad < dense_wgrad else "dense"
+    return Gain(sparse + min(sparse_wgrad, dense_wgrad), dense + dense_wgrad, kept)
+
+
+def _kernel_ms(
+    kernel: Literal["pack_weight", "pack_gradient"],
+    rows: int,
+    cols: int,
+    source: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """ms of packing a [rows, cols] matrix, kept with the measured choices. "pack_weight" includes the decay."""
+    key = f"{kernel} {rows}x{cols} {source} {dtype}".replace("torch.", "")
+
+    def measure() -> float:
+        with torch.no_grad(), torch.cuda.device(device):
+            m = torch.randn(rows, cols, device=device).to(source)
+            if kernel == "pack_gradient":
+                seeds = torch.zeros(1, dtype=torch.int64, device=device)
+                return choice.time_ms(lambda: ops.pack_gradient(m, seeds, 0), 5)
+            size = layout.numel(rows, cols, dtype)
+            packed, packed_t = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+            stats, grad = torch.zeros(2, dtype=torch.int64, device=device), torch.zeros_like(m)
+            where = (0, 0, rows, cols)
+            ops.pack_weight_(m, packed, packed_t, stats, *where, True)
+
+            def step() -> None:
+                ops.pack_weight_(m, packed, packed_t, stats, *where, False)
+                ops.masked_decay_(grad, m, packed, *where, 1e-4)
+
+            return choice.time_ms(step, 5)
+
+    return choice.kept(device, key, measure)

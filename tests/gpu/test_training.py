@@ -1,0 +1,144 @@
+"""Training on a GPU through the backend: sparse tensor cores against eager models with masked weights."""
+
+import pytest
+import torch
+
+import sparse24
+
+from ..compiler.models import GPT2MLP, MLP, Stack, SwiGLU, loss_and_grads, masked_twin, relative, sparse_names
+
+pytestmark = pytest.mark.gpu
+D = 256
+BLOCKS = {
+    "gelu": lambda: MLP(D, 4 * D),
+    "swiglu": lambda: SwiGLU(D, 704),
+    "swiglu_bias": lambda: SwiGLU(D, 704, bias=True),
+    "gpt2_conv1d": lambda: GPT2MLP(D, 4 * D),
+}
+
+
+def under_autocast(module, dtype):
+    def run(x):
+        with torch.autocast("cuda", dtype=dtype):
+            return module(x)
+
+    return run
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="sparse24", options={"when": "always", "wgrad": "dense", **options}, fullgraph=True)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("tokens", [256, 77])
+def test_equals_masked_eager(block: str, dtype: torch.dtype, inner: str, tokens: int) -> None:
+    """No further from float64 than eager autocast with masked weights is, times a small factor."""
+    model = Stack(BLOCKS[block](), BLOCKS[block](), d=D).cuda()
+    x = torch.randn(2, tokens, D, device="cuda")
+    run = under_autocast(compiled(model, inner=inner), dtype)
+    run(x)
+    twin = masked_twin(model)
+    loss, grads = loss_and_grads(run, model, x)
+    eager_loss, eager = loss_and_grads(under_autocast(twin, dtype), twin, x)
+    wide = twin.double()
+    truth_loss, truth = loss_and_grads(wide, wide, x.double())
+    assert relative(loss, truth_loss) < 2 * relative(eager_loss, truth_loss) + 2e-3
+    assert len(sparse_names(model)) == (6 if "swiglu" in block else 4)
+    for name, grad in grads.items():
+        assert relative(grad, truth[name]) < 2 * relative(eager[name], truth[name]) + 2e-3, name
+
+
+def test_mvue_is_unbiased() -> None:
+    model, x = Stack(MLP(D, 1024), SwiGLU(D, 704), d=D).cuda().bfloat16(), torch.randn(512, D, device="cuda").bfloat16()
+    _, exact = loss_and_grads(compiled(model), model, x)
+    torch._dynamo.reset()
+    run = compiled(model, wgrad="mvue")
+    draws = [loss_and_grads(run, model, x)[1] for _ in range(64)]
+    for name in sparse_names(model):
+        mean = torch.stack([d[name].double() for d in draws]).mean(0)
+        one = relative(draws[0][name], exact[name])
+        assert 0.05 < one < 1.5, name
+        assert relative(mean, exact[name]) < 1.5 * one / 8 + 4e-3, name
+
+
+def test_float32_stays_dense_unless_told_otherwise() -> None:
+    model, x = Stack(MLP(D, 1024), d=D).cuda(), torch.randn(64, D, device="cuda")
+    torch.compile(model, backend="sparse24", options={"inner": "eager"})(x)
+    assert "float32" in sparse24.session(model).weights["blocks.0.up.weight"].reason_skipped
+    torch._dynamo.reset()
+    run = compiled(model, inner="eager")
+    assert relative(run(x), masked_twin(model)(x)) < 1e-3
+    assert len(sparse_names(model)) == 2
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_run_with_everything(fused: bool) -> None:
+    """Accumulation, clipping, scaler, refreshes, dense phase; the same masks as a search on the CPU finds."""
+    from sparse24.kernels.reference import best_mask
+
+    model = Stack(MLP(D, 1024), SwiGLU(D, 704), d=D).cuda()
+    run = under_autocast(compiled(model, wgrad="mvue", refresh_every=4, dense_after=10, decay=1e-3), torch.float16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=fused)
+    scaler, session = torch.amp.GradScaler("cuda", init_scale=256.0), sparse24.session(model)
+    x, losses, rates = torch.randn(128, D, device="cuda"), [], []
+    for _ in range(14):
+        optimizer.zero_grad()
+        for half in x.chunk(2):
+            loss = run(half).float().square().mean()
+            scaler.scale(loss).backward()
+        if not fused:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        rates.append(session.flip_rate())
+        if session.step == 8:
+            for name in sparse_names(model):
+                weight = session.weights[name]
+                assert torch.equal(weight.mask().cpu(), best_mask(weight.param.cpu())), name
+    assert losses[-1] < 0.5 * losses[0]
+    assert session.phase == "dense" and max(rates) > 0
+    assert session.memory()["packed"] == 0
+
+
+def test_nan_weights_are_named_one_step_later_at_the_latest() -> None:
+    model = Stack(MLP(D, 1024), d=D).cuda().bfloat16()
+    run, x = compiled(model, inner="eager"), torch.randn(64, D, device="cuda").bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with pytest.raises(FloatingPointError, match=r"blocks\.0\.down\.weight .* after optimizer step 3"):
+        for step in range(1, 5):
+            optimizer.zero_grad()
+            run(x).float().square().mean().backward()
+            if step == 3:
+                model.blocks[0].down.weight.grad[3, 5] = float("nan")
+            optimizer.step()
+
+
+def test_state_moves_between_cpu_and_gpu() -> None:
+    model = Stack(SwiGLU(D, 704), d=D)
+    options = {"inner": "eager", "when": "always", "wgrad": "dense"}
+    torch.compile(model, backend="sparse24", options=options)(torch.randn(4, D))
+    state = sparse24.session(model).state_dict()
+    torch._dynamo.reset()
+    other = Stack(SwiGLU(D, 704), d=D).cuda()
+    other.load_state_dict(model.state_dict())
+    sparse24.session(other).load_state_dict(state)
+    run = under_autocast(torch.compile(other, backend="sparse24", options=options), torch.bfloat16)
+    run(torch.randn(4, D, device="cuda"))
+    for name in sparse_names(other):
+        assert torch.equal(sparse24.session(other).weights[name].mask().cpu(), sparse24.session(model).weights[name].mask())
+
+
+def test_model_moved_to_the_gpu_mid_run_keeps_its_masks() -> None:
+    model = Stack(SwiGLU(D, 704), d=D).bfloat16()
+    run = compiled(model, inner="eager")
+    run(torch.randn(4, D).bfloat16())
+    masks = {n: sparse24.session(model).weights[n].mask() for n in sparse_names(model)}
+    model.cuda()
+    x = torch.randn(4, D, device="cuda").bfloat16()
+    y = run(x)
+    assert all(torch.equal(sparse24.session(model).weights[n].mask().cpu(), masks[n]) for n in masks)
+    assert relative(y, masked_twin(model)(x)) < 2e-2
