@@ -1,8 +1,8 @@
 """Whole training steps, sparse against dense: forward, backward, fused AdamW, and everything sparse24 does.
 
-Both models are compiled by torch.compile, dense and with backend="sparse24"; weights, gradients and AdamW's state are bf16. They
-run in turns of ten steps in one process after two warm seconds each; the sparse turns together are 40 steps and so hold one
-search of the masks. "micro" is the steady forward and backward without the optimizer step.
+Both models are compiled by torch.compile, dense and with backend="sparse24"; weights, gradients and AdamW's state are
+bf16. They run in turns of ten steps in one process after two warm seconds each; the sparse turns together are 40 steps
+and so hold one search of the masks. "micro" is the steady forward and backward without the optimizer step.
 """
 
 import gc
@@ -16,14 +16,50 @@ from common import environment, parser, percentiles, save
 from torch import Tensor
 
 MODELS: dict[str, dict[str, Any]] = {
-    "llama3-8b-width": {"d": 4096, "ff": 14336, "heads": 32, "kv": 8, "layers": 4, "batch": 8, "seq": 2048, "gated": True},
-    "llama-1b-width": {"d": 2048, "ff": 8192, "heads": 32, "kv": 8, "layers": 8, "batch": 16, "seq": 2048, "gated": True},
+    "llama3-8b-width": {
+        "d": 4096,
+        "ff": 14336,
+        "heads": 32,
+        "kv": 8,
+        "layers": 4,
+        "batch": 8,
+        "seq": 2048,
+        "gated": True,
+    },
+    "llama-1b-width": {
+        "d": 2048,
+        "ff": 8192,
+        "heads": 32,
+        "kv": 8,
+        "layers": 8,
+        "batch": 16,
+        "seq": 2048,
+        "gated": True,
+    },
     "gpt2-xl-width": {"d": 1600, "ff": 6400, "heads": 25, "layers": 12, "batch": 16, "seq": 1024},
     "gpt2-large-width": {"d": 1280, "ff": 5120, "heads": 20, "layers": 12, "batch": 32, "seq": 1024},
     "gpt2-medium-width": {"d": 1024, "ff": 4096, "heads": 16, "layers": 12, "batch": 32, "seq": 1024},
     "gpt2-small": {"d": 768, "ff": 3072, "heads": 12, "layers": 12, "batch": 32, "seq": 1024},
-    "vit-l": {"d": 1024, "ff": 4096, "heads": 16, "layers": 12, "batch": 64, "seq": 256, "causal": False, "vocab": 1024},
-    "bert-base": {"d": 768, "ff": 3072, "heads": 12, "layers": 12, "batch": 64, "seq": 512, "causal": False, "vocab": 30528},
+    "vit-l": {
+        "d": 1024,
+        "ff": 4096,
+        "heads": 16,
+        "layers": 12,
+        "batch": 64,
+        "seq": 256,
+        "causal": False,
+        "vocab": 1024,
+    },
+    "bert-base": {
+        "d": 768,
+        "ff": 3072,
+        "heads": 12,
+        "layers": 12,
+        "batch": 64,
+        "seq": 512,
+        "causal": False,
+        "vocab": 30528,
+    },
 }
 
 
@@ -52,7 +88,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, d: int, ff: int, heads: int, layers: int, kv: int, gated: bool, causal: bool, vocab: int) -> None:
+    def __init__(
+        self, d: int, ff: int, heads: int, layers: int, kv: int, gated: bool, causal: bool, vocab: int
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, d)
         self.blocks = nn.ModuleList(Block(d, ff, heads, kv, gated, causal) for _ in range(layers))
@@ -184,7 +222,10 @@ def main() -> None:
     args = p.parse_args()
     rows = []
     print(environment())
-    print(f"{'model':20s} {'layers':6s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'micro':>6s}  sparse weights", flush=True)
+    print(
+        f"{'model':20s} {'layers':6s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'micro':>6s}  sparse weights",
+        flush=True,
+    )
     for name in args.models:
         for layers in args.layers:
             row = compare(name, layers, {"when": args.when}, args.profile)

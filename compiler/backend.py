@@ -1,8 +1,9 @@
 """The backend: what torch.compile(model, backend="sparse24") calls for every graph that Dynamo captures.
 
-Found through the entry point group `torch_dynamo_backends`. The callable it returns looks up the state of each weight it is
-given, picks the compiled graph for the weights that are sparse at that moment, and appends their packed forms as inputs: state
-follows the weight and not the graph, so one graph serves every block of a model that is compiled block by block.
+Found through the entry point group `torch_dynamo_backends`. The callable it returns looks up the state of each weight
+it is given, picks the compiled graph for the weights that are sparse at that moment, and appends their packed forms as
+inputs: state follows the weight and not the graph, so one graph serves every block of a model that is compiled block by
+block.
 """
 
 import copy
@@ -26,6 +27,8 @@ from ..passes.find import Linear, find_linears
 from ..passes.rewrite import Group, rewrite
 from . import (
     step as step,  # registers the optimizer hooks
+)
+from . import (
     weights,
 )
 from .errors import BackendError, SkippedError
@@ -50,8 +53,8 @@ def sparse24(
     """Compile one Dynamo graph with 2:4 sparse linears.
 
     options: the fields of `Recipe`. mode: one of Inductor's ("reduce-overhead", "max-autotune", ...). name is not used.
-    Raises OptionError (a ValueError) on a bad option, SkippedError under strict=True; anything that cannot be made sparse
-    stays dense and is reported.
+    Raises OptionError (a ValueError) on a bad option, SkippedError under strict=True; anything that cannot be made
+    sparse stays dense and is reported.
     """
     recipe = Recipe.from_options(options)
     if any(isinstance(x, FakeTensor) for x in example_inputs):
@@ -62,8 +65,8 @@ def sparse24(
 class SparseGraph:
     """One Dynamo graph and its compiled variants, one for each set of weights that is sparse at a call.
 
-    In a run there are two: all found weights sparse, then none. Variants are compiled when first needed; where shapes are
-    dynamic both are compiled at once, since a later compilation could not add guards.
+    In a run there are two: all found weights sparse, then none. Variants are compiled when first needed; where shapes
+    are dynamic both are compiled at once, since a later compilation could not add guards.
     """
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], recipe: Recipe, mode: str | None) -> None:
@@ -84,7 +87,7 @@ class SparseGraph:
             log.exception("sparse24: could not read a graph; it stays dense")
         self.sites: list[tuple[int, Linear]] = []  # (which input is the weight, its linear)
         for linear in self.linears:
-            param = example_inputs[position[linear.weight]] if linear.weight else None
+            param: Any = example_inputs[position[linear.weight]] if linear.weight else None
             reason = linear.reason
             if reason is None:
                 reason, linear = _decide(param, linear, recipe)
@@ -123,7 +126,9 @@ class SparseGraph:
     def _compile(self, active: int, args: Sequence[Any], at_compile_time: bool) -> Compiled:
         inner = self.recipe
         if self.dynamic and not at_compile_time:
-            log.warning("sparse24: a graph with dynamic shapes runs uncompiled for a set of sparse layers met after compilation")
+            log.warning(
+                "sparse24: a graph with dynamic shapes runs uncompiled for a set of sparse layers met after compilation"
+            )
             inner = Recipe(inner="eager")
         gm = copy.deepcopy(self.original)
         if not active:
@@ -280,5 +285,5 @@ def _compile_inner(gm: GraphModule, inputs: Sequence[Any], recipe: Recipe, mode:
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **recipe.inductor}
-    compiled = compile_fx(gm, list(inputs), config_patches=patches or None)
-    return compiled
+    fast: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
+    return fast  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Errors of the backend.
 
-Each derives from Dynamo's ShortenTraceback too: such an error leaves torch.compile as it is, with the user's own traceback; any
-other would reach the user wrapped as BackendCompilerFailed.
+Each derives from Dynamo's ShortenTraceback too: such an error leaves torch.compile as it is, with the user's own
+traceback; any other would reach the user wrapped as BackendCompilerFailed.
 """
 
 from torch._dynamo.exc import ShortenTraceback

@@ -27,8 +27,8 @@ class Recipe:
     """How to train 2:4 (arXiv 2404.01847; numbers of sections below are the paper's).
 
     decay          lambda of the masked decay, added once per optimizer step to the gradient of every pruned weight:
-                   g += decay * (1 - M) * W (4.1). It depends on loss reduction, batch size and optimizer; values from 6e-6 to
-                   1e-3 are in use, and 2e-4 is a start for AdamW and a mean loss. 0 turns it off.
+                   g += decay * (1 - M) * W (4.1). It depends on loss reduction, batch size and optimizer; values from
+                   6e-6 to 1e-3 are in use, and 2e-4 is a start for AdamW and a mean loss. 0 turns it off.
     decay_on       "gradient"; or "weight" for the original SR-STE form, W -= lr * decay * (1 - M) * W.
     refresh_every  optimizer steps between two searches of the masks; the kept values follow W at every step.
     dense_after    optimizer steps after which all layers are dense (4.4: the last sixth of the run); None: never.
@@ -61,7 +61,9 @@ class Recipe:
     def __post_init__(self) -> None:
         real = isinstance(self.decay, numbers.Real) and not isinstance(self.decay, bool)
         _check("decay", self.decay, real and 0 <= self.decay < float("inf"), "a finite number >= 0")
-        _check("refresh_every", self.refresh_every, _is_int(self.refresh_every) and self.refresh_every > 0, "an int >= 1")
+        _check(
+            "refresh_every", self.refresh_every, _is_int(self.refresh_every) and self.refresh_every > 0, "an int >= 1"
+        )
         after = self.dense_after
         _check("dense_after", after, after is None or (_is_int(after) and after >= 0), "None or an int >= 0")
         _check("seed", self.seed, _is_int(self.seed), "an int")

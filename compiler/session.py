@@ -12,7 +12,7 @@ from .weights import SparseWeight
 _FORMAT = 1
 
 
-def session(model: nn.Module) -> "Session":
+def session(model: Any) -> "Session":
     """The session of a model or of its compiled wrapper. May be asked for at any time, before the first forward too."""
     return Session(model)
 
@@ -20,11 +20,11 @@ def session(model: nn.Module) -> "Session":
 class Session:
     """The sparse training of one model.
 
-    Layers become known when torch.compile first runs them; before that `weights` is empty, and `load_state_dict`, `to_dense`
-    and `to_sparse` are kept for them.
+    Layers become known when torch.compile first runs them; before that `weights` is empty, and `load_state_dict`,
+    `to_dense` and `to_sparse` are kept for them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"sparse24: found {type(model).__name__}, need an nn.Module or its compiled wrapper")
         self.model: nn.Module = getattr(model, "_orig_mod", model)
@@ -46,7 +46,7 @@ class Session:
 
     @property
     def phase(self) -> str:
-        """"sparse" while any layer is, else "dense"."""
+        """ "sparse" while any layer is, else "dense"."""
         return "sparse" if any(w.sparse for w in self._sparse()) else "dense"
 
     @property
@@ -77,7 +77,9 @@ class Session:
         }
 
     def memory(self) -> dict[str, int]:
-        """Bytes by kind: dense masters of the sparse layers, their packed forms (W and W^T), masks kept without them."""
+        """Bytes by kind: dense masters of the sparse layers, their packed forms (W and W^T), masks kept without
+        them.
+        """
         known = list(self._sparse())
         operands = {id(o): o for w in known for o in w.operands.values()}.values()
         kept = [w._last_mask for w in known if w._last_mask is not None]
@@ -106,7 +108,8 @@ class Session:
                 weights.expect(param, {"phase": phase})
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside model and optimizer that the next step depends on: masks, counters, phase, recipe, choices by speed.
+        """Everything beside model and optimizer that the next step depends on: masks, counters, phase, recipe, choices
+        by speed.
 
         Tensors are on the CPU. Restored in a new process with `load_state_dict`, a run goes on with the same numbers.
         """
@@ -122,9 +125,9 @@ class Session:
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Take over a `state_dict`, before or after the first forward, once the model holds its own weights.
 
-        Raises StateError (a ValueError) that names the difference where the state is another model's or another recipe's;
-        where layers are not known yet, a difference of recipe raises at the first forward. strict=False accepts another
-        recipe and goes on under it.
+        Raises StateError (a ValueError) that names the difference where the state is another model's or another
+        recipe's; where layers are not known yet, a difference of recipe raises at the first forward. strict=False
+        accepts another recipe and goes on under it.
         """
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             found = state.get("format") if isinstance(state, dict) else type(state).__name__
@@ -149,4 +152,3 @@ class Session:
         for name, saved in state["weights"].items():
             recipe = {"recipe": state["recipe"][name]} if strict else {}
             weights.expect(params[name], {**saved, **recipe})
-

@@ -1,7 +1,7 @@
 """What happens around an optimizer step, through torch's global optimizer hooks: no change to a training loop.
 
-Before it: masked decay on the gradients of its sparse weights. After it: new values for the packed forms, at the refresh
-interval new masks. A step that a GradScaler skips, or a weight that got no gradient, changes nothing.
+Before it: masked decay on the gradients of its sparse weights. After it: new values for the packed forms, at the
+refresh interval new masks. A step that a GradScaler skips, or a weight that got no gradient, changes nothing.
 """
 
 import logging
@@ -137,8 +137,8 @@ def _judge(optimizer: Optimizer, stepped: list[SparseWeight]) -> None:
     second = ("sq", "var", "sum", "inf", "second")
     if not any(any(mark in str(key) for mark in second) or key == "v" for key in state):
         log.warning(
-            "sparse24: found the optimizer %s without second moments; the masked decay is meant for Adam-like ones, which "
-            "divide it by sqrt(v). Search decay for this optimizer anew, or use decay_on='weight'",
+            "sparse24: found the optimizer %s without second moments; the masked decay is meant for Adam-like ones, "
+            "which divide it by sqrt(v). Search decay for this optimizer anew, or use decay_on='weight'",
             type(optimizer).__name__,
         )
 

@@ -28,9 +28,9 @@ _layers = 0  # weights made so far: gives each its own stream of random draws
 class SparseWeight:
     """One dense master parameter and its 2:4 forms.
 
-    name: the parameter's name as its graph spells it. reason_skipped: None, or why the weight stays dense. step: optimizer
-    steps that changed it while it was registered. phase: "sparse" or "dense". flips: mask bits that changed at the last
-    refresh (None before the first). wgrad: "mvue" or "dense", what its weight gradient is taken from.
+    name: the parameter's name as its graph spells it. reason_skipped: None, or why the weight stays dense. step:
+    optimizer steps that changed it while it was registered. phase: "sparse" or "dense". flips: mask bits that changed
+    at the last refresh (None before the first). wgrad: "mvue" or "dense", what its weight gradient is taken from.
     """
 
     def __init__(self, param: Tensor, name: str, recipe: Recipe, reason_skipped: str | None = None) -> None:
@@ -169,7 +169,8 @@ class SparseWeight:
         """Take over a state of `state()`; a state may be partial."""
         if self.reason_skipped is not None:
             raise StateError(
-                f"sparse24: the loaded state holds {self.name} as sparse, but here it stays dense: {self.reason_skipped}"
+                f"sparse24: the loaded state holds {self.name} as sparse, but here it stays dense: "
+                f"{self.reason_skipped}"
             )
         for key in ("step", "calls", "layer", "wgrad", "phase", "flips"):
             setattr(self, key, state.get(key, getattr(self, key)))
@@ -189,8 +190,8 @@ def _pair(nibbles: Tensor) -> Tensor:
 class Operand:
     """The packed forms of one or several weights that are multiplied as one: their rows (out_features) stand in order.
 
-    packed [rows, cols] and packed_t [cols, rows] are of the matrix as stored; where `transposed` (weights [in, out]) the
-    weights stand side by side along the columns, and packed_t is what the forward multiplies.
+    packed [rows, cols] and packed_t [cols, rows] are of the matrix as stored; where `transposed` (weights [in, out])
+    the weights stand side by side along the columns, and packed_t is what the forward multiplies.
     """
 
     def __init__(self, weights: Sequence[SparseWeight], dtype: torch.dtype, transposed: bool) -> None:
@@ -239,7 +240,9 @@ class Operand:
 
 
 def operand_of(weights: tuple[SparseWeight, ...], dtype: torch.dtype, transposed: bool) -> Operand:
-    """The operand of these weights, made where there is none: with the masks in force, searched where there are none."""
+    """The operand of these weights, made where there is none: with the masks in force, searched where there are
+    none.
+    """
     key = (dtype, transposed, *(w.layer for w in weights))
     operand = weights[0].operands.get(key)
     if operand is None:
@@ -267,10 +270,11 @@ def check_finite(weights: Iterable[SparseWeight]) -> None:
 def check_stats(weights: Sequence[SparseWeight], stats: Sequence[Sequence[int]], step: int | None = None) -> None:
     for weight, (_, nans) in zip(weights, stats, strict=True):
         if nans:
+            entries = weight.shape[0] * weight.shape[1]
             raise NotFiniteError(
-                f"sparse24: {weight.name} has {nans} NaN of {weight.shape[0] * weight.shape[1]} entries after optimizer step "
-                f"{weight.step if step is None else step}; need finite weights (look at the learning rate and the loss of the "
-                "steps before, and continue from the last checkpoint)"
+                f"sparse24: {weight.name} has {nans} NaN of {entries} entries after optimizer step "
+                f"{weight.step if step is None else step}; need finite weights (look at the learning rate and the loss "
+                "of the steps before, and continue from the last checkpoint)"
             )
 
 
@@ -303,7 +307,9 @@ def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
 
 
 def skip(param: Tensor, name: str, recipe: Recipe, reason: str) -> None:
-    """Record that a graph leaves a parameter dense. One that another graph of the same recipe has made sparse stays so."""
+    """Record that a graph leaves a parameter dense. One that another graph of the same recipe has made sparse stays
+    so.
+    """
     state = _pending.get(param, {})
     if state.get("reason") == reason:
         del _pending[param]
@@ -340,6 +346,6 @@ def check_recipe(saved: dict[str, Any] | None, recipe: Recipe) -> None:
     differences = [f"{k}={saved.get(k)!r} (now {now[k]!r})" for k in now if saved.get(k) != now[k]]
     if differences:
         raise StateError(
-            f"sparse24: the loaded state was trained with {', '.join(differences)}; compile with the same options, or load "
-            "with strict=False to go on under the new ones"
+            f"sparse24: the loaded state was trained with {', '.join(differences)}; compile with the same options, or "
+            "load with strict=False to go on under the new ones"
         )

@@ -25,11 +25,11 @@ class Help(argparse.HelpFormatter):
 # What --help promises where the default depends on the device: name -> (on a GPU, on a CPU).
 SIZES = {
     "width": (768, 192),
-    "depth": (12, 4),
+    "depth": (12, 3),
     "ff": (2048, 512),
     "context": (1024, 256),
     "batch": (16, 8),
-    "steps": (1500, 250),
+    "steps": (1500, 300),
     "lr": (1e-3, 2e-3),
 }
 

@@ -135,7 +135,7 @@ class Trainer:
         self.model = model.to(args.device)
         if record.name == "sparse24":
             self.compiled = torch.compile(self.model, backend="sparse24", options=recipe(args))
-            self.session = sparse24.session(self.compiled)
+            self.session: sparse24.Session | None = sparse24.session(self.compiled)
         else:
             self.compiled = torch.compile(self.model, backend=args.inner)
             self.session = None

@@ -1,8 +1,9 @@
-"""Which provider and which of its algorithms multiplies: chosen by measurement, once for a GPU, library versions and shape.
+"""Which provider and which of its algorithms multiplies: chosen by measurement, once for a GPU, library versions and
+shape.
 
-Every candidate's numbers are checked against the masked dense product before it is timed: some algorithms of some versions of
-cuSPARSELt return wrong numbers without an error (pytorch#155333). Choices are kept on disk, in $SPARSE24_CACHE or
-~/.cache/sparse24; a cache that is damaged, or of another GPU or version, is ignored with a warning.
+Every candidate's numbers are checked against the masked dense product before it is timed: some algorithms of some
+versions of cuSPARSELt return wrong numbers without an error (pytorch#155333). Choices are kept on disk, in
+$SPARSE24_CACHE or ~/.cache/sparse24; a cache that is damaged, or of another GPU or version, is ignored with a warning.
 """
 
 import json
@@ -22,13 +23,16 @@ from .providers import PROVIDERS, MaskedDense, Problem, Provider
 
 log = logging.getLogger("sparse24")
 
-#: Relative error (Frobenius) above which a candidate is struck: twice what rounding the result to bf16 costs, plus summation.
+#: Relative error (Frobenius) above which a candidate is struck: twice what rounding the result to bf16 costs, plus
+#: summation.
 TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """provider and algorithm for a problem, its time and that of the dense product of the same shape, in ms (nan: not measured)."""
+    """provider and algorithm for a problem, its time and that of the dense product of the same shape, in ms (nan: not
+    measured).
+    """
 
     provider: str
     algorithm: int | None = None
@@ -172,7 +176,7 @@ def _side_by_side(a: Callable[[], Tensor], b: Callable[[], Tensor]) -> tuple[flo
     return sorted(t for t, _ in times)[2], sorted(t for _, t in times)[2]
 
 
-# --------------------------------------------------------------------------------------------------------------- on disk
+# -------------------------------------------------------------------------------------------------------------- on disk
 
 
 class _Store:

@@ -1,7 +1,7 @@
 """cuSPARSELt through ctypes, with plans that are kept: no compiler is needed on the user's machine.
 
-`torch._cslt_sparse_mm` builds its descriptors and its plan anew at every call, which costs ten times the host time of a call
-with a kept plan, and picks algorithm 0, which is often not the fastest.
+`torch._cslt_sparse_mm` builds its descriptors and its plan anew at every call, which costs ten times the host time of a
+call with a kept plan, and picks algorithm 0, which is often not the fastest.
 Handles and plans belong to one thread and one device (backward runs on another thread than forward). The C interface is
 that of versions 0.6 to 0.10.
 """
@@ -23,8 +23,9 @@ _COMPUTE_32F = 2
 _ALG_CONFIG_ID, _ALG_CONFIG_MAX_ID = 0, 1
 
 
-#: Algorithm ids from here on are never tried: with fp16 and a transposed output, 36 to 43 of version 0.8.0 end in an illegal
-#: instruction on an H100, after which the process cannot use the GPU any more. None of them was the fastest at any bf16 shape.
+#: Algorithm ids from here on are never tried: with fp16 and a transposed output, 36 to 43 of version 0.8.0 end in an
+#: illegal instruction on an H100, after which the process cannot use the GPU any more. None of them was the fastest at
+#: any bf16 shape.
 SAFE_ALGORITHMS = 36
 
 
@@ -109,7 +110,9 @@ class Plan:
             lib.cusparseLtStructuredDescriptorInit(h, a.pointer, i64(m), i64(k), i64(k), u32(16), kind, _ROW, 0), "A"
         )
         rows, cols = (n, k) if shape.b_transposed else (k, n)
-        _check(lib.cusparseLtDenseDescriptorInit(h, b.pointer, i64(rows), i64(cols), i64(cols), u32(16), kind, _ROW), "B")
+        _check(
+            lib.cusparseLtDenseDescriptorInit(h, b.pointer, i64(rows), i64(cols), i64(cols), u32(16), kind, _ROW), "B"
+        )
         ld, order = (m, _COL) if shape.d_transposed else (n, _ROW)
         _check(lib.cusparseLtDenseDescriptorInit(h, d.pointer, i64(m), i64(n), i64(ld), u32(16), kind, order), "D")
         op = _TRANSPOSED if shape.b_transposed else _PLAIN

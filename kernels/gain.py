@@ -1,4 +1,6 @@
-"""Would a layer gain: its sparse GEMMs and everything that packing costs, against its dense GEMMs, as measured on this GPU."""
+"""Would a layer gain: its sparse GEMMs and everything that packing costs, against its dense GEMMs, as measured on this
+GPU.
+"""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from .reference import padded
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """ms of one training step of one layer. wgrad: "dense" where the pruned weight gradient would not pay for its packing."""
+    """ms of one training step of one layer. wgrad: "dense" where the pruned weight gradient would not pay for its
+    packing.
+    """
 
     sparse_ms: float
     dense_ms: float
@@ -27,10 +31,11 @@ class Gain:
 def gain(
     rows: int, cols: int, tokens: int, dtype: torch.dtype, master: torch.dtype, device: torch.device, wgrad: str
 ) -> Gain:
-    """For a weight [rows, cols] of dtype `master`, multiplied in `dtype` with `tokens` tokens at an optimizer step each.
+    """For a weight [rows, cols] of dtype `master`, multiplied in `dtype` with `tokens` tokens at an optimizer step
+    each.
 
-    Counted: forward, dgrad, wgrad; pruning and packing the output gradient; repacking the weight and the masked decay once. The
-    search of the masks, once in `refresh_every` steps, costs about as much as one repacking and is left out.
+    Counted: forward, dgrad, wgrad; pruning and packing the output gradient; repacking the weight and the masked decay
+    once. The search of the masks, once in `refresh_every` steps, costs about as much as one repacking and is left out.
     """
     if device.type != "cuda":
         return Gain(math.nan, math.nan, wgrad)

@@ -5,16 +5,16 @@ A matrix [rows, cols] that keeps two of every four entries along cols is one fla
     values    [rows, cols / 2], row-major; the two kept entries of each group in increasing column order
     metadata  rows * cols / 8 bytes right behind; a nibble a group: i0 | i1 << 2 for the kept lanes i0 < i1
 
-so the nibbles are 4, 8, 12, 9, 13, 14 for the pairs 01, 02, 03, 12, 13, 23. Only the order of the nibbles depends on the
-architecture:
+so the nibbles are 4, 8, 12, 9, 13, 14 for the pairs 01, 02, 03, 12, 13, 23. Only the order of the nibbles depends on
+the architecture:
 
-    sm_90   the order cuSPARSELt 0.8 writes on Hopper for 16-bit types; checked against `torch._cslt_compress` on an H200 at
-            seven sizes from 64x64 to 1024x4096, byte for byte.
-    sm_80   the order cuSPARSELt writes on Ampere and Ada, as `torch._sparse_semi_structured_tile` documents it; not run on
-            such a GPU by us. rows must be a multiple of 128.
+    sm_90   the order cuSPARSELt 0.8 writes on Hopper for 16-bit types; checked against `torch._cslt_compress` on an
+            H200 at seven sizes from 64x64 to 1024x4096, byte for byte.
+    sm_80   the order cuSPARSELt writes on Ampere and Ada, as `torch._sparse_semi_structured_tile` documents it; not run
+            on such a GPU by us. rows must be a multiple of 128.
 
-The CPU holds the sm_90 form, so a test on the CPU checks the bytes that a Hopper GPU reads. A 32-bit matrix has the same
-form (twice the bytes for values); no tensor core reads it, the reference does.
+The CPU holds the sm_90 form, so a test on the CPU checks the bytes that a Hopper GPU reads. A 32-bit matrix has the
+same form (twice the bytes for values); no tensor core reads it, the reference does.
 """
 
 from functools import lru_cache
@@ -58,17 +58,21 @@ def split(packed: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     expected = numel(rows, cols, packed.dtype)
     if packed.dim() != 1 or packed.numel() != expected or not packed.is_contiguous():
         raise ValueError(
-            f"sparse24: found a packed buffer of shape {tuple(packed.shape)} ({packed.dtype}), need one contiguous dimension "
-            f"of {expected} elements for a {rows}x{cols} matrix"
+            f"sparse24: found a packed buffer of shape {tuple(packed.shape)} ({packed.dtype}), need one contiguous "
+            f"dimension of {expected} elements for a {rows}x{cols} matrix"
         )
     values = packed[: rows * cols // 2].view(rows, cols // 2)
     return values, packed[rows * cols // 2 :].view(torch.uint8)
 
 
 def nibble_address(m: Tensor, c: Tensor, rows: int, cols: int, order: str) -> tuple[Tensor, Tensor]:
-    """Byte offset and bit shift (0 or 4) of the nibble of group `c` (columns 4c..4c+3) in row `m`; m and c broadcast."""
+    """Byte offset and bit shift (0 or 4) of the nibble of group `c` (columns 4c..4c+3) in row `m`; m and c
+    broadcast.
+    """
     if order == "sm_90":
-        byte = (m // 64) * (8 * cols) + (c // 8) * 256 + ((m % 64) // 16) * 64 + (m % 8) * 8 + (c % 4) * 2 + (c % 8) // 4
+        byte = (
+            (m // 64) * (8 * cols) + (c // 8) * 256 + ((m % 64) // 16) * 64 + (m % 8) * 8 + (c % 4) * 2 + (c % 8) // 4
+        )
         return byte, 4 * ((m % 16) // 8) + 0 * c
     word = (c // 16) * (256 * (rows // 128)) + (m // 128) * 256 + ((c % 16) // 8) * 128 + ((m % 128) // 32) * 32
     word = word + (m % 8) * 4 + ((m % 32) // 16) * 2 + (c % 8) // 4
@@ -76,15 +80,16 @@ def nibble_address(m: Tensor, c: Tensor, rows: int, cols: int, order: str) -> tu
 
 
 def _addresses(rows: int, cols: int, order: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`nibble_address` of a whole matrix; kept on the CPU, where the ops run through it, made anew on a GPU's memory."""
+    """`nibble_address` of a whole matrix; kept on the CPU, where the ops run through it, made anew on a GPU's
+    memory.
+    """
     return (_kept_addresses if device.type == "cpu" else _make_addresses)(rows, cols, order, device)
 
 
 def _make_addresses(rows: int, cols: int, order: str, device: torch.device) -> tuple[Tensor, Tensor]:
     if rows % ROW_BLOCK[order] or cols % 32:
-        raise ValueError(
-            f"sparse24: found a {rows}x{cols} matrix, need rows in multiples of {ROW_BLOCK[order]} and columns of 32 ({order})"
-        )
+        need = f"rows in multiples of {ROW_BLOCK[order]} and columns of 32 ({order})"
+        raise ValueError(f"sparse24: found a {rows}x{cols} matrix, need {need}")
     m = torch.arange(rows, device=device)[:, None]
     c = torch.arange(cols // 4, device=device)[None]
     byte, shift = nibble_address(m, c, rows, cols, order)
@@ -115,7 +120,9 @@ def write_nibbles(metadata: Tensor, nibbles: Tensor, row: int, col: int, rows: i
 
 
 def nibbles_from_mask(mask: Tensor) -> Tensor:
-    """uint8 [rows, cols / 4] nibbles of a bool [rows, cols] mask with exactly two kept in every aligned group of four."""
+    """uint8 [rows, cols / 4] nibbles of a bool [rows, cols] mask with exactly two kept in every aligned group of
+    four.
+    """
     groups = mask.view(mask.shape[0], -1, 4).to(torch.uint8)
     if not bool((groups.sum(-1) == 2).all()):
         raise ValueError("sparse24: found a mask that is not 2:4, need exactly two kept in every aligned group of four")

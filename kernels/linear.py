@@ -2,12 +2,14 @@
 
     forward   y  = x (W.M)^T              spmm(packed, x)            packed    = W.M       [out, in]
     dgrad     dx = dy (W.M)               spmm(packed_t, dy)         packed_t  = (W.M)^T   [in, out]
-    wgrad     dW = S(dy)^T x              wgrad(pack_gradient(dy), x)            S: exact MVUE; or dy^T x with wgrad="dense"
+    wgrad     dW = S(dy)^T x              wgrad(pack_gradient(dy), x)            S: exact MVUE; or dy^T x with
+              wgrad="dense"
 
-They are autograd.Functions and not ops with a registered formula, so that AOTAutograd traces through them: the forward and
-the backward graph then show `spmm`, `glu`, `pack_gradient` and `wgrad` as nodes, and Inductor fuses what stands between.
-The weights come in only to receive their gradient (straight-through: dense, unmasked); what is multiplied is the packed form.
-Several weights that share x are one layer: their outputs stand side by side, in the order of `weights`.
+They are autograd.Functions and not ops with a registered formula, so that AOTAutograd traces through them: the forward
+and the backward graph then show `spmm`, `glu`, `pack_gradient` and `wgrad` as nodes, and Inductor fuses what stands
+between. The weights come in only to receive their gradient (straight-through: dense, unmasked); what is multiplied is
+the packed form. Several weights that share x are one layer: their outputs stand side by side, in the order of
+`weights`.
 """
 
 from collections.abc import Sequence
@@ -33,8 +35,9 @@ def sparse_linear(
     weights: dense masters [F_i, K], or [K, F_i] where `transposed`. packed [F, K] and packed_t [K, F] in x's dtype.
     seeds int64 [n]: the draw of this layer is seeds[index]. wgrad "mvue" or "dense".
     """
-    y: Tensor = _SparseLinear.apply(x, packed, packed_t, seeds, index, wgrad, transposed, *weights)
-    return y
+    tokens = x.reshape(-1, x.shape[-1])
+    y: Tensor = _SparseLinear.apply(tokens, packed, packed_t, seeds, index, wgrad, transposed, *weights)
+    return y.view(*x.shape[:-1], y.shape[-1])  # out here: what a Function returns as a view cannot be modified in place
 
 
 def sparse_linear_glu(
@@ -49,12 +52,14 @@ def sparse_linear_glu(
     bias: Tensor | None,
     kind: str,
 ) -> Tensor:
-    """`sparse_linear`, its bias [F] and the activation `kind` of `ops.glu`: x [..., K] -> [..., F] or, gated, [..., F / 2].
+    """`sparse_linear`, its bias [F] and the activation `kind` of `ops.glu`: x [..., K] -> [..., F] or, gated, [..., F /
+    2].
 
     The backward of the activation writes the dense and the packed gradient of the up projection from one read.
     """
-    h: Tensor = _SparseLinearGLU.apply(x, packed, packed_t, seeds, bias, index, wgrad, transposed, kind, *weights)
-    return h
+    tokens = x.reshape(-1, x.shape[-1])
+    h: Tensor = _SparseLinearGLU.apply(tokens, packed, packed_t, seeds, bias, index, wgrad, transposed, kind, *weights)
+    return h.view(*x.shape[:-1], h.shape[-1])
 
 
 def _out_features(weights: Sequence[Tensor], transposed: bool) -> list[int]:
@@ -69,20 +74,19 @@ def _split_wgrad(dw: Tensor, sizes: list[int], dtypes: list[torch.dtype], transp
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, packed, packed_t, seeds, index, wgrad, transposed, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, tokens, packed, packed_t, seeds, index, wgrad, transposed, *weights):  # type: ignore[no-untyped-def]
         ctx.sizes, ctx.dtypes = _out_features(weights, transposed), [w.dtype for w in weights]
-        ctx.index, ctx.wgrad, ctx.transposed, ctx.shape = index, wgrad, transposed, x.shape
-        tokens = x.reshape(-1, x.shape[-1])
+        ctx.index, ctx.wgrad, ctx.transposed = index, wgrad, transposed
         ctx.save_for_backward(tokens, packed_t, seeds)
-        return ops.spmm(packed, tokens, sum(ctx.sizes)).view(*x.shape[:-1], sum(ctx.sizes))
+        return ops.spmm(packed, tokens, sum(ctx.sizes))
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
         tokens, packed_t, seeds = ctx.saved_tensors
-        dy = dy.reshape(-1, dy.shape[-1])
-        dx, dws = None, [None] * len(ctx.sizes)
+        dx: Tensor | None = None
+        dws: Sequence[Tensor | None] = [None] * len(ctx.sizes)
         if ctx.needs_input_grad[0]:
-            dx = ops.spmm(packed_t, dy, tokens.shape[1]).view(ctx.shape)
+            dx = ops.spmm(packed_t, dy, tokens.shape[1])
         if any(ctx.needs_input_grad[7:]):
             if ctx.wgrad == "mvue":
                 dw = ops.wgrad(ops.pack_gradient(dy, seeds, ctx.index), tokens, dy.shape[1])
@@ -94,31 +98,30 @@ class _SparseLinear(torch.autograd.Function):
 
 class _SparseLinearGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, packed, packed_t, seeds, bias, index, wgrad, transposed, kind, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, tokens, packed, packed_t, seeds, bias, index, wgrad, transposed, kind, *weights):  # type: ignore[no-untyped-def]
         ctx.sizes, ctx.dtypes = _out_features(weights, transposed), [w.dtype for w in weights]
-        ctx.index, ctx.wgrad, ctx.transposed, ctx.kind, ctx.shape = index, wgrad, transposed, kind, x.shape
-        tokens = x.reshape(-1, x.shape[-1])
+        ctx.index, ctx.wgrad, ctx.transposed, ctx.kind = index, wgrad, transposed, kind
         gate_up = ops.spmm(packed, tokens, sum(ctx.sizes))
         ctx.save_for_backward(tokens, packed_t, seeds, bias, gate_up)
-        h = ops.glu(gate_up, bias, kind)
-        return h.view(*x.shape[:-1], h.shape[-1])
+        return ops.glu(gate_up, bias, kind)
 
     @staticmethod
     def backward(ctx, dh):  # type: ignore[no-untyped-def, override]
         tokens, packed_t, seeds, bias, gate_up = ctx.saved_tensors
-        dh = dh.reshape(-1, dh.shape[-1])
         need_x, need_bias, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[4], any(ctx.needs_input_grad[9:])
-        dx, dbias, dws = None, None, [None] * len(ctx.sizes)
+        dx: Tensor | None = None
+        dbias: Tensor | None = None
+        dws: Sequence[Tensor | None] = [None] * len(ctx.sizes)
         if need_w and ctx.wgrad == "mvue":
             d, packed_d = ops.glu_backward_pack(dh, gate_up, bias, ctx.kind, seeds, ctx.index)
             dw = ops.wgrad(packed_d, tokens, d.shape[1])
         else:
             d = ops.glu_backward(dh, gate_up, bias, ctx.kind)
-            dw = d.t() @ tokens if need_w else None
+            dw = d.t() @ tokens if need_w else d
         if need_w:
             dws = _split_wgrad(dw, ctx.sizes, ctx.dtypes, ctx.transposed)
         if need_x:
-            dx = ops.spmm(packed_t, d, tokens.shape[1]).view(ctx.shape)
+            dx = ops.spmm(packed_t, d, tokens.shape[1])
         if need_bias:
             dbias = d.sum(0, dtype=torch.float32).to(bias.dtype)
         return dx, None, None, None, dbias, None, None, None, None, *dws

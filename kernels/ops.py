@@ -1,9 +1,9 @@
 """The ops of sparse24: their torch.library face. Importing this module defines them under `torch.ops.sparse24`.
 
-Letters: T tokens, K in_features, F features of an output, rows x cols a packed matrix. Dtypes are fp32, bf16 or fp16; packed
-buffers have the dtype of what they multiply (form: `layout`). CPU tensors run `reference`; CUDA tensors run the Triton
-kernels, and the matmuls the provider that `choice` takes. No op here has an autograd formula of its own except `glu`:
-`linear` puts them together into differentiable functions.
+Letters: T tokens, K in_features, F features of an output, rows x cols a packed matrix. Dtypes are fp32, bf16 or fp16;
+packed buffers have the dtype of what they multiply (form: `layout`). CPU tensors run `reference`; CUDA tensors run the
+Triton kernels, and the matmuls the provider that `choice` takes. No op here has an autograd formula of its own except
+`glu`: `linear` puts them together into differentiable functions.
 """
 
 import torch
@@ -30,8 +30,8 @@ _define(
     "glu_backward_pack(Tensor dh, Tensor gate_up, Tensor? bias, str kind, Tensor seeds, int index) -> (Tensor, Tensor)"
 )
 _define(
-    "pack_weight_(Tensor w, Tensor(a!) packed, Tensor(b!) packed_t, Tensor(c!) stats, int row, int col, int rows, int cols, "
-    "bool search) -> ()"
+    "pack_weight_(Tensor w, Tensor(a!) packed, Tensor(b!) packed_t, Tensor(c!) stats, int row, int col, int rows, "
+    "int cols, bool search) -> ()"
 )
 _define(
     "masked_decay_(Tensor(a!) grad, Tensor w, Tensor packed, int row, int col, int rows, int cols, float decay) -> ()"
@@ -84,17 +84,21 @@ def pack_weight_(
 ) -> None:
     """Write w [r, c] as the block at (row, col) of a packed [rows, cols] matrix, and w^T into packed_t [cols, rows].
 
-    search=True takes the optimal transposable mask of w (`reference.best_mask`) and writes the metadata; search=False keeps
-    the mask that the metadata holds and rewrites the values. stats int64 [2] receives how many mask bits changed, and
-    how many entries of w are NaN. r, c, row, col are multiples of 64. w fp32, bf16 or fp16 of any strides.
+    search=True takes the optimal transposable mask of w (`reference.best_mask`) and writes the metadata; search=False
+    keeps the mask that the metadata holds and rewrites the values. stats int64 [2] receives how many mask bits changed,
+    and how many entries of w are NaN. r, c, row, col are multiples of 64. w fp32, bf16 or fp16 of any strides.
     """
     torch.ops.sparse24.pack_weight_(w, packed, packed_t, stats, row, col, rows, cols, search)
 
 
-def masked_decay_(grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, rows: int, cols: int, decay: float) -> None:
-    """grad += decay * (1 - M) * w in place (paper, section 4.1), M the block at (row, col) of a packed [rows, cols] matrix.
+def masked_decay_(
+    grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, rows: int, cols: int, decay: float
+) -> None:
+    """grad += decay * (1 - M) * w in place (paper, section 4.1), M the block at (row, col) of a packed [rows, cols]
+    matrix.
 
-    grad and w have one shape [r, c]; the sum is taken in fp32. With grad = w and a negative decay this is the decay on weights.
+    grad and w have one shape [r, c]; the sum is taken in fp32. With grad = w and a negative decay this is the decay on
+    weights.
     """
     torch.ops.sparse24.masked_decay_(grad, w, packed, row, col, rows, cols, decay)
 
@@ -120,7 +124,7 @@ def _register() -> None:
     try:
         from . import triton_ops as fast
     except ImportError:  # a CPU build of torch comes without Triton
-        fast = None
+        fast = None  # type: ignore[assignment]
     for name in _FUSED:
         _lib.impl(name, getattr(reference, name), "CPU")
         if fast is not None:
@@ -160,13 +164,9 @@ def _(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 
 
 @torch.library.register_fake("sparse24::glu_backward_pack", lib=_lib)
-def _(
-    dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
-) -> tuple[Tensor, Tensor]:
+def _(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int) -> tuple[Tensor, Tensor]:
     tokens, features = gate_up.shape
-    return gate_up.new_empty(tokens, features), gate_up.new_empty(
-        layout.numel(features, padded(tokens), gate_up.dtype)
-    )
+    return gate_up.new_empty(tokens, features), gate_up.new_empty(layout.numel(features, padded(tokens), gate_up.dtype))
 
 
 @torch.library.register_fake("sparse24::pack_weight_", lib=_lib)

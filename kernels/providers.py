@@ -1,6 +1,8 @@
-"""Who multiplies: a provider is a small class with `supports(problem)` and `run(...)`. Adding one touches no other file.
+"""Who multiplies: a provider is a small class with `supports(problem)` and `run(...)`. Adding one touches no other
+file.
 
-Every provider computes the same product, packed [rows, inner] times a dense operand, and differs in how. `choice` picks.
+Every provider computes the same product, packed [rows, inner] times a dense operand, and differs in how. `choice`
+picks.
 """
 
 from collections.abc import Sequence
@@ -95,7 +97,9 @@ class CusparseLt:
 
 
 class TorchCusparselt:
-    """`torch._cslt_sparse_mm`: cuSPARSELt with descriptors and plan built anew at every call. Serves where ctypes cannot."""
+    """`torch._cslt_sparse_mm`: cuSPARSELt with descriptors and plan built anew at every call. Serves where ctypes
+    cannot.
+    """
 
     name = "torch_cusparselt"
 
@@ -137,7 +141,9 @@ def _padded(x: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def why_slow(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why sparse tensor cores cannot multiply a [rows, cols] weight of `dtype` on `device`; None where they can, or on a CPU."""
+    """Why sparse tensor cores cannot multiply a [rows, cols] weight of `dtype` on `device`; None where they can, or on
+    a CPU.
+    """
     if device.type == "cpu":
         return None
     order = layout.arch(device)

@@ -21,12 +21,13 @@ _OVERLAPPING = [(p, q) for p in range(6) for q in range(p + 1, 6) if p + q != 5]
 
 
 def best_mask(w: Tensor) -> Tensor:
-    """The transposable 2:4 mask that keeps the largest sum of |w| in every aligned 4x4 tile (method: section 3.2, exhaustive).
+    """The transposable 2:4 mask that keeps the largest sum of |w| in every aligned 4x4 tile (method: section 3.2,
+    exhaustive).
 
     w [rows, cols], any float dtype, rows % 4 == cols % 4 == 0  ->  bool [rows, cols].
-    Of the 90 candidates the score is (s0 + s1) + (s2 + s3) in fp32, s_r the sum of the two kept magnitudes of row r. Ties go
-    to the first candidate in this order: rows 0, 1 and rows 2, 3 complementary (36); rows 0, 1 equal (6); one column
-    shared by rows 0 and 1 (48). NaN tiles get some legal mask: the caller counts them (`pack_weight_`).
+    Of the 90 candidates the score is (s0 + s1) + (s2 + s3) in fp32, s_r the sum of the two kept magnitudes of row r.
+    Ties go to the first candidate in this order: rows 0, 1 and rows 2, 3 complementary (36); rows 0, 1 equal (6); one
+    column shared by rows 0 and 1 (48). NaN tiles get some legal mask: the caller counts them (`pack_weight_`).
     """
     rows, cols = w.shape
     a = w.detach().to(torch.float32).abs().clamp(max=SATURATE).view(rows // 4, 4, cols // 4, 4)
@@ -87,7 +88,9 @@ def pack_weight_(
     stats[1] = w.isnan().sum()
 
 
-def masked_decay_(grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, rows: int, cols: int, decay: float) -> None:
+def masked_decay_(
+    grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, rows: int, cols: int, decay: float
+) -> None:
     """Twin of `ops.masked_decay_`."""
     mask = layout.read_mask(packed, rows, cols, layout.metadata_order(w.device))
     mask = mask[row : row + w.shape[0], col : col + w.shape[1]]
@@ -95,7 +98,7 @@ def masked_decay_(grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, r
     grad.copy_(grad.to(torch.float32) + decay * pruned)
 
 
-# --------------------------------------------------------------------------------------------------------------- matmuls
+# -------------------------------------------------------------------------------------------------------------- matmuls
 
 
 def spmm(packed: Tensor, x: Tensor, rows: int) -> Tensor:
@@ -114,7 +117,7 @@ def padded(tokens: int) -> int:
     return -(-tokens // layout.TILE) * layout.TILE
 
 
-# ------------------------------------------------------------------------------------------------------ gradient pruning
+# ----------------------------------------------------------------------------------------------------- gradient pruning
 
 
 def _mix32(h: Tensor) -> Tensor:
@@ -124,9 +127,9 @@ def _mix32(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def uniform(seed: Tensor, n: int) -> Tensor:
-    """fp32 [n] in [0, 1), multiples of 2^-24: a counter-based stream of the 64-bit `seed` (int64, one element)."""
-    counter = torch.arange(n, device=seed.device) & 0xFFFFFFFF
+def uniform(seed: Tensor, n: int, first: int = 0) -> Tensor:
+    """fp32 [n] in [0, 1), multiples of 2^-24: entries `first`... of the stream of the 64-bit `seed` (int64, one element)."""
+    counter = torch.arange(first, first + n, device=seed.device) & 0xFFFFFFFF
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     # Both keys depend on every bit of the seed: were they low and high, seeds 5 and 6 would permute the same numbers.
     first, second = _mix32(low ^ _mix32(high)), _mix32((_mix32(low) + high) & 0xFFFFFFFF)
@@ -138,8 +141,8 @@ def mvue(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Minimum-variance unbiased 2:4 pruning by systematic sampling (exact form of the paper's section 3.3).
 
     x fp32 [4, ...], u fp32 [...] uniform in [0, 1)  ->  kept lanes i < j (int64) and their values (fp32), all [...].
-    E[pruned x] = x; the variance is the least that any unbiased 2:4 pruning has. A group that is not finite comes out as
-    not finite in both lanes, so that a GradScaler sees it.
+    E[pruned x] = x; the variance is the least that any unbiased 2:4 pruning has. A group that is not finite comes out
+    as not finite in both lanes, so that a GradScaler sees it.
     """
     a = x.abs()
     h0, l0 = torch.maximum(a[0], a[1]), torch.minimum(a[0], a[1])
@@ -181,13 +184,11 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
     values, metadata = layout.split(packed, features, padded(tokens))
     values.copy_(torch.stack((vi, vj), 1).view(-1, features).t().to(dy.dtype))
     nibbles = (i | j << 2).t().to(torch.uint8)
-    layout.write_nibbles(
-        metadata, nibbles, 0, 0, features, padded(tokens), layout.metadata_order(dy.device)
-    )
+    layout.write_nibbles(metadata, nibbles, 0, 0, features, padded(tokens), layout.metadata_order(dy.device))
     return packed
 
 
-# ----------------------------------------------------------------------------------------------------- gated activations
+# ---------------------------------------------------------------------------------------------------- gated activations
 
 
 def _relu2(x: Tensor) -> Tensor:

@@ -54,12 +54,8 @@ def store_nibbles(metadata, nibbles, m0, c0, rows, cols, ORDER: tl.constexpr, R:
     tile writes whole words and no other program's bits.
     """
     n = tl.reshape(nibbles, [R // 16, 2, 8, G // 8, 2, 2, 2])  # m/16, m/8%2, m%8, c/8, c/4%2, c/2%2, c%2
-    if ORDER == "sm_90":
-        n = tl.permute(n, (0, 2, 3, 5, 6, 4, 1))
-        second: tl.constexpr = 2  # groups from one word to the next
-    else:
-        n = tl.permute(n, (0, 2, 3, 4, 1, 5, 6))
-        second: tl.constexpr = 4
+    second: tl.constexpr = 2 if ORDER == "sm_90" else 4  # groups from one word to the next
+    n = tl.permute(n, (0, 2, 3, 5, 6, 4, 1) if ORDER == "sm_90" else (0, 2, 3, 4, 1, 5, 6))
     # joined by splits and not by a sum: Triton 3.6 on a GPU adds up wrongly where a sum crosses warps in this layout
     low, high = tl.split(n)
     low, high = tl.split(low | high << 4)

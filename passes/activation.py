@@ -1,4 +1,6 @@
-"""Recognise the activations that have a fused kernel. Any other elementwise region stays as it is, between sparse linears."""
+"""Recognise the activations that have a fused kernel. Any other elementwise region stays as it is, between sparse
+linears.
+"""
 
 from dataclasses import dataclass
 

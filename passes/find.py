@@ -22,9 +22,10 @@ _PROJECTIONS = {1: ("qkv",), 2: ("q", "kv"), 3: ("q", "k", "v")}
 class Linear:
     """One linear layer of a graph.
 
-    name: the weight's name. weight: the whole graph's placeholder it comes in by. path, node: where it stands (`Region`).
-    role: up, gate, down; q, k, v (kv, qkv where they are one), o; linear for any other. x: its input's node, so that linears of one path, x and family
-    may become one matmul. tokens: rows of its input, as far as known when compiled. dtype: what it computes in (autocast included). reason: None, or why it stays dense. wanted: the
+    name: the weight's name. weight: the whole graph's placeholder it comes in by. path, node: where it stands
+    (`Region`). role: up, gate, down; q, k, v (kv, qkv where they are one), o; linear for any other. x: its input's
+    node, so that linears of one path, x and family may become one matmul. tokens: rows of its input, as far as known
+    when compiled. dtype: what it computes in (autocast included). reason: None, or why it stays dense. wanted: the
     recipe asks for it, so that a reason is worth a warning. wgrad: how `rewrite` takes its weight gradient.
     """
 
@@ -100,7 +101,9 @@ def _tokens(out: torch.Tensor | None) -> int:
     """Rows of a linear's output; where they are dynamic, those of the call that is compiled for."""
     if out is None or not out.dim():
         return 0
-    return math.prod(getattr(s.node, "hint", None) or 1 if isinstance(s, torch.SymInt) else int(s) for s in out.shape[:-1])
+    return math.prod(
+        getattr(s.node, "hint", None) or 1 if isinstance(s, torch.SymInt) else int(s) for s in out.shape[:-1]
+    )
 
 
 def _uses(everything: list[Region]) -> dict[Node, int]:
@@ -117,7 +120,7 @@ def _uses(everything: list[Region]) -> dict[Node, int]:
     return uses
 
 
-# ----------------------------------------------------------------------------------------------------------------- reasons
+# -------------------------------------------------------------------------------------------------------------- reasons
 
 
 def _unwanted(linear: Linear, layers: str | Sequence[str], skip: Sequence[str]) -> str | None:
@@ -141,7 +144,7 @@ def _unfit(linear: Linear, uses: int) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------------- roles
+# ---------------------------------------------------------------------------------------------------------------- roles
 
 
 def _roles(linears: dict[Node, LinearArgs], region: Region) -> dict[Node, str]:
@@ -186,9 +189,9 @@ def _in_order(nodes: list[Node], region: Region) -> list[Node]:
 def _feeding(down: Node, linears: dict[Node, LinearArgs], region: Region) -> list[Node]:
     """The linears whose outputs reach `down` through an activation alone: its up projection, or gate and up.
 
-    The activation is any elementwise region, with casts, reshapes and dropout in between; constants, parameters and buffers
-    may enter. It must not be affine, all its linears share one input, and `down` must lead back to that input's width (a
-    classifier behind a tanh does not).
+    The activation is any elementwise region, with casts, reshapes and dropout in between; constants, parameters and
+    buffers may enter. It must not be affine, all its linears share one input, and `down` must lead back to that input's
+    width (a classifier behind a tanh does not).
     """
     sources: list[Node] = []
     data, nonlinear = _trace(linears[down].x, linears, region, sources, {})

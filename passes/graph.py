@@ -41,7 +41,9 @@ class Region:
         return node if self.parent is None else self.parent.source(self.outer(node))
 
     def add_input(self, top: dict[str, Node], name: str) -> Node:
-        """The node in this graph of the whole graph's placeholder `top[name]`, threaded through the calls on the way."""
+        """The node in this graph of the whole graph's placeholder `top[name]`, threaded through the calls on the
+        way.
+        """
         if self.parent is None:
             return top[name]
         for n in self.module.graph.nodes:
@@ -80,7 +82,8 @@ def add_placeholder(gm: GraphModule, name: str) -> Node:
 
 
 def source_name(placeholder: Node) -> str:
-    """The parameter's name as `named_parameters` spells it, read off Dynamo's source; the placeholder's name without one.
+    """The parameter's name as `named_parameters` spells it, read off Dynamo's source; the placeholder's name without
+    one.
 
     With regional compilation Dynamo sees one block, and the name begins there.
     """
@@ -103,15 +106,15 @@ def tensor_inputs(node: Node) -> list[Node]:
     return [n for n in node.all_input_nodes if not isinstance(n.meta.get("example_value"), numbers)]
 
 
-# --------------------------------------------------------------------------------------------------------- what a node is
+# ------------------------------------------------------------------------------------------------------- what a node is
 
 _OPERATORS = {"truediv": "div", "itruediv": "div", "iadd": "add", "isub": "sub", "imul": "mul", "ipow": "pow"}
 #: Pointwise in truth, not tagged so in ATen.
 _UNTAGGED_POINTWISE = {"hardswish", "log_sigmoid", "prelu", "glu", "softsign", "tanhshrink"}
 _AFFINE = {"add", "sub", "rsub", "neg", "mul", "div", "clone", "positive"}
 _SHAPE = {
-    "view", "reshape", "flatten", "unflatten", "chunk", "split", "split_with_sizes", "tensor_split", "getitem", "contiguous",
-    "squeeze", "unsqueeze", "view_as", "reshape_as", "narrow", "unbind", "detach_",
+    "view", "reshape", "flatten", "unflatten", "chunk", "split", "split_with_sizes", "tensor_split", "getitem",
+    "contiguous", "squeeze", "unsqueeze", "view_as", "reshape_as", "narrow", "unbind", "detach_",
 }  # fmt: skip
 _CREATION = {
     "tensor", "as_tensor", "scalar_tensor", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like",

@@ -39,7 +39,8 @@ class Group:
 def rewrite(gm: GraphModule, linears: Sequence[Linear]) -> list[Group]:
     """Make `linears` (of `find_linears` on the same graph) sparse, in place. Returns the groups, in operand order.
 
-    The graph gets new last placeholders: SEEDS int64 [groups], and for each group its packed [F, K] and packed_t [K, F].
+    The graph gets new last placeholders: SEEDS int64 [groups], and for each group its packed [F, K] and packed_t [K,
+    F].
     """
     if not linears:
         return []
@@ -97,8 +98,12 @@ def merge(linears: Sequence[Linear], form_of: Callable[[Linear], Fused | None]) 
         if form is not None and (len(form.linears) > 1 or linear.role == "up"):
             merged.setdefault(form.output, []).append(linear)
             continue
-        family = {"up": "ffn", "gate": "ffn", "q": "attention", "k": "attention", "v": "attention"}.get(linear.role, linear.node)
-        merged.setdefault((linear.path, linear.x, family, linear.dtype, linear.transposed, linear.wgrad), []).append(linear)
+        family = {"up": "ffn", "gate": "ffn", "q": "attention", "k": "attention", "v": "attention"}.get(
+            linear.role, linear.node
+        )
+        merged.setdefault((linear.path, linear.x, family, linear.dtype, linear.transposed, linear.wgrad), []).append(
+            linear
+        )
     return list(merged.values())
 
 

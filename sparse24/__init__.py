@@ -1,4 +1,6 @@
-"""sparse24: transformers pre-train with 2:4 sparse feed-forward layers, through torch.compile(model, backend="sparse24")."""
+"""sparse24: transformers pre-train with 2:4 sparse feed-forward layers, through torch.compile(model,
+backend="sparse24").
+"""
 
 from .compiler.backend import sparse24 as backend
 from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateError

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from .models import MLP, Stack, SwiGLU, compiled, relative, sparse_names, train
 
 import sparse24
 from sparse24.compiler import backend
+
+from .models import MLP, Stack, SwiGLU, compiled, relative, sparse_names, train
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,8 @@ def test_a_layer_of_odd_width_stays_dense_with_a_warning(caplog: pytest.LogCaptu
     assert sparse_names(model) == ["blocks.1.up.weight", "blocks.1.down.weight"]
     said = [r.getMessage() for r in caplog.records]
     assert any(
-        "blocks.0.up.weight: it has out_features=100, need a multiple of 64; it stays dense (skip it to silence this)" in m
+        "blocks.0.up.weight: it has out_features=100, need a multiple of 64; it stays dense (skip it to silence this)"
+        in m
         for m in said
     )
     assert not any("head" in m for m in said)  # never wanted

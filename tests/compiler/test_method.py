@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from .models import MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names, train
 from torch.utils.checkpoint import checkpoint
 
 import sparse24
+
+from .models import MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names, train
 
 
 def weights_of(model: nn.Module) -> dict[str, sparse24.SparseWeight]:
@@ -70,11 +71,13 @@ def test_first_mask_counts_no_flips() -> None:
 
 @pytest.mark.parametrize("clip", [None, 1e-3])
 def test_decay_enters_after_clipping_once_per_step(clip: float | None) -> None:
-    """With plain SGD the update is lr * (clipped gradient + decay * (1 - M) * W), however many micro-steps there were."""
+    """With plain SGD the update is lr * (clipped gradient + decay * (1 - M) * W), however many micro-steps there
+    were.
+    """
     model, decay, lr = Stack(MLP()), 0.5, 0.1
     run = compiled(model, decay=decay)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    for micro in range(3):
+    for _ in range(3):
         run(torch.randn(4, 64)).square().mean().backward()
     if clip is not None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

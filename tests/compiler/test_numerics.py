@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from .models import MLP, Conv1D, GPT2MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names
 from torch import Tensor
 
 import sparse24
+
+from .models import GPT2MLP, MLP, Conv1D, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names
 
 BLOCKS = {
     "gelu": lambda: MLP(),

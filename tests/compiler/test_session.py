@@ -12,18 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from .models import MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names, train
 
 import sparse24
+
+from .models import MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names, train
 
 
 def test_regional_compilation_shares_one_graph_and_keeps_masks_apart() -> None:
     model, x = Stack(SwiGLU(), SwiGLU(), SwiGLU()), torch.randn(4, 16, 64)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for block in model.blocks:
-        block.compile(backend="sparse24", options={"inner": "aot_eager", "wgrad": "dense", "refresh_every": 1}, fullgraph=True)
+        block.compile(
+            backend="sparse24", options={"inner": "aot_eager", "wgrad": "dense", "refresh_every": 1}, fullgraph=True
+        )
     model(x)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2  # x needs no gradient in the first block only
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2
+    )  # x needs no gradient in the first block only
     assert len(sparse_names(model)) == 9
     masks = [sparse24.session(model).weights[f"blocks.{i}.up.weight"].mask() for i in range(3)]
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
@@ -83,7 +88,8 @@ SCRIPT = """
         optimizer.step()
         print(step, run(torch.ones(1, 64)).square().mean().item().hex(), session.flip_rate(), session.phase)
     if save:
-        torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict(), "session": session.state_dict()}}, path)
+        torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict(), "session":
+        session.state_dict()}}, path)
 """
 
 
@@ -137,7 +143,9 @@ def test_state_survives_torch_save() -> None:
 
 def test_state_of_another_model_names_the_difference() -> None:
     _, state = saved()
-    with pytest.raises(ValueError, match=r"holds blocks\.0\.up\.weight with shape \(128, 64\), this model's is \(256, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"holds blocks\.0\.up\.weight with shape \(128, 64\), this model's is \(256, 64\)"
+    ):
         sparse24.session(Stack(MLP(ff=256))).load_state_dict(state)
     with pytest.raises(ValueError, match=r"holds blocks\.0\.up\.weight, which this model does not have"):
         sparse24.session(nn.Linear(64, 64)).load_state_dict(state)
@@ -153,7 +161,9 @@ def test_state_of_a_layer_that_stays_dense_here() -> None:
     _, state = saved(skip=())
     model = Stack(MLP())
     sparse24.session(model).load_state_dict(state, strict=False)
-    with pytest.raises(ValueError, match=r"holds blocks\.0\.up\.weight as sparse, but here it stays dense: skip names it"):
+    with pytest.raises(
+        ValueError, match=r"holds blocks\.0\.up\.weight as sparse, but here it stays dense: skip names it"
+    ):
         compiled(model, skip=["*.up.weight"])(torch.randn(1, 64))
 
 
@@ -209,7 +219,14 @@ def test_metrics_and_memory() -> None:
     run, session = compiled(model, refresh_every=5), sparse24.session(model)
     assert session.metrics()["sparse_weights"] == 0.0 and session.weights == {}
     run(torch.randn(1, 64))
-    expected = {"step": 0.0, "sparse": 1.0, "flip_rate": 0.0, "refresh_every": 5.0, "sparse_weights": 3.0, "dense_weights": 1.0}
+    expected = {
+        "step": 0.0,
+        "sparse": 1.0,
+        "flip_rate": 0.0,
+        "refresh_every": 5.0,
+        "sparse_weights": 3.0,
+        "dense_weights": 1.0,
+    }
     assert session.metrics() == expected
     n = 3 * 64 * 128
     assert session.memory() == {"masters": 4 * n, "packed": 2 * n + n // 8, "packed_t": 2 * n + n // 8, "masks": 0}
@@ -219,4 +236,4 @@ def test_metrics_and_memory() -> None:
 
 def test_session_of_something_else() -> None:
     with pytest.raises(TypeError, match="found function, need an nn.Module"):
-        sparse24.session(lambda x: x)  # type: ignore[arg-type]
+        sparse24.session(lambda x: x)

@@ -26,7 +26,9 @@ def under_autocast(module, dtype):
 
 
 def compiled(model, **options):
-    return torch.compile(model, backend="sparse24", options={"when": "always", "wgrad": "dense", **options}, fullgraph=True)
+    return torch.compile(
+        model, backend="sparse24", options={"when": "always", "wgrad": "dense", **options}, fullgraph=True
+    )
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
@@ -129,7 +131,9 @@ def test_state_moves_between_cpu_and_gpu() -> None:
     run = under_autocast(torch.compile(other, backend="sparse24", options=options), torch.bfloat16)
     run(torch.randn(4, D, device="cuda"))
     for name in sparse_names(other):
-        assert torch.equal(sparse24.session(other).weights[name].mask().cpu(), sparse24.session(model).weights[name].mask())
+        assert torch.equal(
+            sparse24.session(other).weights[name].mask().cpu(), sparse24.session(model).weights[name].mask()
+        )
 
 
 def test_model_moved_to_the_gpu_mid_run_keeps_its_masks() -> None:

@@ -291,14 +291,7 @@ def test_an_activation_that_autocast_made_wider_hands_over_its_dtype(model: Call
 
 # ------------------------------------------------------------------------------------------------------------- in place
 
-in_place = pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="kernels.linear returns a view made inside its autograd.Function, which autograd refuses to modify in place",
-)
 
-
-@in_place
 def test_residual_added_in_place_to_what_down_returns() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.mlp(x)
@@ -308,13 +301,11 @@ def test_residual_added_in_place_to_what_down_returns() -> None:
     assert_equals_masked(Net(forward, mlp=ffn(F.gelu, bias=False)), tokens())
 
 
-@in_place
 def test_activation_in_place_without_a_fused_form() -> None:
     captured = assert_equals_masked(ffn(nn.Hardswish(inplace=True), bias=False), tokens())
     assert captured.kinds == [None, None]
 
 
-@in_place
 def test_one_part_of_a_merged_matmul_modified_in_place() -> None:
     captured = assert_equals_masked(gated(lambda gate, up: up.mul_(torch.tanh(gate))), tokens())
     assert len(captured.groups) == 2
