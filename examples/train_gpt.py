@@ -133,12 +133,12 @@ class Trainer:
         torch.manual_seed(args.seed)
         model = GPT(width=args.width, depth=args.depth, ff=args.ff, context=args.context)
         self.model = model.to(args.device)
+        self.session: sparse24.Session | None = None
         if record.name == "sparse24":
             self.compiled = torch.compile(self.model, backend="sparse24", options=recipe(args))
-            self.session: sparse24.Session | None = sparse24.session(self.compiled)
+            self.session = sparse24.session(self.model)
         else:
             self.compiled = torch.compile(self.model, backend=args.inner)
-            self.session = None
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]

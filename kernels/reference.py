@@ -128,12 +128,12 @@ def _mix32(h: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, n: int, first: int = 0) -> Tensor:
-    """fp32 [n] in [0, 1), multiples of 2^-24: entries `first`... of the stream of the 64-bit `seed` (int64, one element)."""
+    """fp32 [n] in [0, 1), multiples of 2^-24: entries from `first` on of the stream of a 64-bit `seed` (int64 [1])."""
     counter = torch.arange(first, first + n, device=seed.device) & 0xFFFFFFFF
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     # Both keys depend on every bit of the seed: were they low and high, seeds 5 and 6 would permute the same numbers.
-    first, second = _mix32(low ^ _mix32(high)), _mix32((_mix32(low) + high) & 0xFFFFFFFF)
-    h = _mix32((_mix32(counter ^ first) + second) & 0xFFFFFFFF)
+    key, other = _mix32(low ^ _mix32(high)), _mix32((_mix32(low) + high) & 0xFFFFFFFF)
+    h = _mix32((_mix32(counter ^ key) + other) & 0xFFFFFFFF)
     return (h >> 8).to(torch.float32) * 2.0**-24
 
 
