@@ -15,8 +15,9 @@ TYPES := build/types/sparse24
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
+# PASSIVE: on a CPU that other programs use too, OpenMP's waiting threads would take the cores from its working ones.
 train: $(STAMP)
-	$(BIN)/python examples/train_gpt.py $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/train_gpt.py $(ARGS)
 
 # Two workers of one thread each: more threads than cores make torch's small CPU kernels many times slower.
 test: $(STAMP)

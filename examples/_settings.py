@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
         "--when",
         choices=["faster", "always"],
         default="always",
-        help="always: every feed-forward layer is sparse, as the comparison wants it; faster: only where that is faster on "
-        "this GPU, which small layers are not",
+        help="always: every feed-forward layer is sparse, as the comparison wants it; faster: only where that is "
+        "faster on this GPU, which small layers are not",
     )
     p.add_argument(
         "--inner",
