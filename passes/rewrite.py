@@ -1,6 +1,7 @@
 """Replace linears by sparse ops, merging those that share an input and fusing the activations that have a kernel."""
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from .find import Linear
 
 #: Names of the placeholders that `rewrite` adds, after all others and in this order: SEEDS, then two for each group.
 SEEDS = "sparse24_seeds"
+_FAMILY = {"up": "ffn", "gate": "ffn", "q": "attention", "k": "attention", "v": "attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +90,23 @@ def operand_names(group: int) -> tuple[str, str]:
 
 
 def merge(linears: Sequence[Linear], form_of: Callable[[Linear], Fused | None]) -> list[list[Linear]]:
-    """Linears of one family that share an input come together: gate and up; q, k and v.
+    """Linears of one layer that share an input come together: gate and up; q, k and v.
 
-    Of several feed-forward layers on one input (experts that all see every token) each keeps its own fused activation.
+    Of several layers on one input (experts that all see every token, cross-attention to one memory) each is merged by
+    itself: the n-th k goes with the n-th v.
     """
     merged: dict[object, list[Linear]] = {}
+    seen: Counter[object] = Counter()
     for linear in linears:
         form = form_of(linear)
         if form is not None and (len(form.linears) > 1 or linear.role == "up"):
             merged.setdefault(form.output, []).append(linear)
             continue
-        family = {"up": "ffn", "gate": "ffn", "q": "attention", "k": "attention", "v": "attention"}.get(
-            linear.role, linear.node
-        )
-        merged.setdefault((linear.path, linear.x, family, linear.dtype, linear.transposed, linear.wgrad), []).append(
-            linear
-        )
+        family = _FAMILY.get(linear.role, linear.node)
+        key = (linear.path, linear.x, family, linear.dtype, linear.transposed, linear.wgrad)
+        layer = seen[key, linear.role]
+        seen[key, linear.role] += 1
+        merged.setdefault((key, layer), []).append(linear)
     return list(merged.values())
 
 

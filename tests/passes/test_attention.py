@@ -144,6 +144,16 @@ def test_cross_attention_with_packed_kv() -> None:
     assert roles(captured) == {"q": "q", "kv": "kv", "o": "o"}
 
 
+def test_cross_attention_of_two_layers_to_one_memory_is_merged_layer_by_layer() -> None:
+    def forward(m: Any, x: Tensor, memory: Tensor) -> Tensor:
+        x = x + m.o(join(sdpa(split(m.q(x)), split(m.k(memory)), split(m.v(memory)))))
+        return x + m.p(join(sdpa(split(m.r(x)), split(m.s(memory)), split(m.t(memory)))))
+
+    captured = assert_equals_masked(Net(forward, **linears("qkvorstp")), tokens(), tokens(), layers="all")
+    together = sorted("".join(linear.name[0] for linear in group.linears) for group in captured.groups)
+    assert together == ["kv", "o", "p", "q", "r", "st"]
+
+
 def test_grouped_queries() -> None:
     """k and v are narrower than q: merged all the same, and split again by their own widths."""
 
