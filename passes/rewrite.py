@@ -92,8 +92,8 @@ def operand_names(group: int) -> tuple[str, str]:
 def merge(linears: Sequence[Linear], form_of: Callable[[Linear], Fused | None]) -> list[list[Linear]]:
     """Linears of one layer that share an input come together: gate and up; q, k and v.
 
-    Of several layers on one input (experts that all see every token, cross-attention to one memory) each is merged by
-    itself: the n-th k goes with the n-th v.
+    Of several feed-forward layers on one input (experts that all see every token) each keeps its own fused activation;
+    of several cross-attentions to one memory the n-th k goes with the n-th v.
     """
     merged: dict[object, list[Linear]] = {}
     seen: Counter[object] = Counter()
@@ -104,7 +104,7 @@ def merge(linears: Sequence[Linear], form_of: Callable[[Linear], Fused | None]) 
             continue
         family = _FAMILY.get(linear.role, linear.node)
         key = (linear.path, linear.x, family, linear.dtype, linear.transposed, linear.wgrad)
-        layer = seen[key, linear.role]
+        layer = seen[key, linear.role] if family == "attention" else 0
         seen[key, linear.role] += 1
         merged.setdefault((key, layer), []).append(linear)
     return list(merged.values())
