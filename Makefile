@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPES := build/types/sparse24
 
-.PHONY: train test lint clean
+.PHONY: train test test-gpu lint clean
 .DELETE_ON_ERROR:
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,6 +22,11 @@ train: $(STAMP)
 # Two workers of one thread each: more threads than cores make torch's small CPU kernels many times slower.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(ARGS)
+
+# On a machine with a GPU, in the environment that is active there. Each test is named in the log as soon as it ends.
+test-gpu:
+	mkdir -p benchmarks/results
+	python -m pytest -v -n $${WORKERS:-8} --tb=short -W ignore tests/gpu $(ARGS) | tee benchmarks/results/gpu_tests.log
 
 # mypy reads a copy of the packages laid out as they are installed; its messages name the true files.
 lint: $(STAMP)

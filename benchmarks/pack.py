@@ -1,0 +1,72 @@
+"""The memory-bound kernels beside a copy of the same tensor: packing, masked decay, activations, pruned gradients.
+
+GB/s counts every byte read and written once; "of a copy" is that rate over the rate of `Tensor.clone` on the same
+tensor.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from common import environment, parser, save
+from torch import Tensor
+
+from sparse24.kernels import layout, ops
+
+
+def ms(run: Callable[[], Any]) -> float:
+    return float(triton.testing.do_bench(run, warmup=100, rep=200, return_mode="median"))
+
+
+def weight_kernels(rows: int, cols: int, master: torch.dtype) -> dict[str, tuple[Callable[[], Any], int, Tensor]]:
+    """name -> (call, bytes moved, tensor whose copy it is held against)."""
+    w = torch.randn(rows, cols, device="cuda").to(master)
+    size = layout.numel(rows, cols, torch.bfloat16)
+    packed, packed_t = (torch.zeros(size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    stats, grad, where = torch.zeros(2, dtype=torch.int64, device="cuda"), torch.zeros_like(w), (0, 0, rows, cols)
+    ops.pack_weight_(w, packed, packed_t, stats, *where, True)
+    moved = w.nbytes + packed.nbytes + packed_t.nbytes
+    return {
+        "pack_weight, new mask": (lambda: ops.pack_weight_(w, packed, packed_t, stats, *where, True), moved, w),
+        "pack_weight, mask kept": (lambda: ops.pack_weight_(w, packed, packed_t, stats, *where, False), moved, w),
+        "masked_decay": (lambda: ops.masked_decay_(grad, w, packed, *where, 1e-4), 3 * w.nbytes, w),
+    }
+
+
+def token_kernels(tokens: int, features: int) -> dict[str, tuple[Callable[[], Any], int, Tensor]]:
+    dy = torch.randn(tokens, features, device="cuda").bfloat16()
+    gate_up = torch.randn(tokens, 2 * features, device="cuda").bfloat16()
+    seeds, n = torch.zeros(1, dtype=torch.int64, device="cuda"), dy.nbytes
+    fused = n * 5 + gate_up.nbytes * 9 // 16
+    return {
+        "pack_gradient": (lambda: ops.pack_gradient(dy, seeds, 0), n * 25 // 16, dy),
+        "glu": (lambda: ops.glu(gate_up, None, "swiglu"), n * 3, dy),
+        "glu_backward": (lambda: ops.glu_backward(dy, gate_up, None, "swiglu"), n * 5, dy),
+        "glu_backward_pack": (lambda: ops.glu_backward_pack(dy, gate_up, None, "swiglu", seeds, 0), fused, dy),
+    }
+
+
+def main() -> None:
+    p = parser(__doc__, "pack.json")
+    p.add_argument("--rows", type=int, default=14336, help="out_features of the weight")
+    p.add_argument("--cols", type=int, default=4096, help="in_features of the weight")
+    p.add_argument("--tokens", type=int, default=16384, help="tokens of the gradients and activations")
+    p.add_argument("--features", type=int, default=8192, help="their features")
+    args = p.parse_args()
+    cases = {f"{m}": weight_kernels(args.rows, args.cols, m) for m in (torch.bfloat16, torch.float32)}
+    cases["tokens"] = token_kernels(args.tokens, args.features)
+    rows = []
+    print(environment())
+    print(f"{'kernel':24s} {'of':16s} {'ms':>8s} {'GB/s':>7s} {'of a copy':>9s}")
+    for of, kernels in cases.items():
+        for name, (run, moved, tensor) in kernels.items():
+            took, copy = ms(run), ms(tensor.clone)
+            share = moved / took / (2 * tensor.nbytes / copy)
+            rows.append({"kernel": name, "of": of, "ms": took, "gb_per_s": moved / took / 1e6, "of_a_copy": share})
+            print(f"{name:24s} {of:16s} {took:8.4f} {moved / took / 1e6:7.0f} {share:9.2f}", flush=True)
+    save(args.out, {"shape": vars(args) | {"out": str(args.out)}, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
