@@ -24,15 +24,15 @@ def _is_patterns(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to train 2:4 (arXiv 2404.01847; numbers of sections below are the paper's).
+    """How to train 2:4 (arXiv 2404.01847).
 
     decay          lambda of the masked decay, added once per optimizer step to the gradient of every pruned weight:
-                   g += decay * (1 - M) * W (4.1). It depends on loss reduction, batch size and optimizer; values from
+                   g += decay * (1 - M) * W. It depends on loss reduction, batch size and optimizer; values from
                    6e-6 to 1e-3 are in use, and 2e-4 is a start for AdamW and a mean loss. 0 turns it off.
     decay_on       "gradient"; or "weight" for the original SR-STE form, W -= lr * decay * (1 - M) * W.
     refresh_every  optimizer steps between two searches of the masks; the kept values follow W at every step.
-    dense_after    optimizer steps after which all layers are dense (4.4: the last sixth of the run); None: never.
-    wgrad          "mvue": weight gradients from 2:4-pruned, unbiased output gradients (3.3); "dense": from dense ones.
+    dense_after    optimizer steps after which all layers are dense (the paper: the last sixth of the run); None: never.
+    wgrad          "mvue": weight gradients from 2:4-pruned, unbiased output gradients (MVUE); "dense": from dense ones.
     layers         "ffn"; "all" for attention projections too; or fnmatch patterns of parameter names.
     skip           fnmatch patterns of parameter names that stay dense.
     when           "faster": sparse only where a sparse matmul exists for the device and dtype; "always": everywhere, if

@@ -1,4 +1,4 @@
-"""The seed rule of the random draws (method section 7)."""
+"""The seed rule of the random draws: the same run draws the same, and no two layers, steps or ranks share a stream."""
 
 from collections.abc import Sequence
 

@@ -55,7 +55,7 @@ class Session:
         return max((w.step for w in self._sparse()), default=0)
 
     def flip_rate(self) -> float:
-        """Share of mask bits that changed at the last refresh, pooled over the sparse layers (paper, section 4.2).
+        """Share of mask bits that changed at the last refresh, pooled over the sparse layers (the paper's flip rate).
 
         Over `refresh_every` optimizer steps, in [0, 1]; 0.0 before the first refresh.
         """

@@ -40,7 +40,7 @@ class SparseWeight:
         self.shape = (param.shape[0], param.shape[1]) if param.dim() == 2 else tuple(param.shape)
         self.wgrad = recipe.wgrad
         self.step = 0
-        self.calls = 0  # forwards with gradients since the last optimizer step: the micro-step of method section 7
+        self.calls = 0  # forwards with gradients since the last optimizer step: the micro-step, part of every seed
         self.flips: int | None = None
         self.layer = 0
         self.phase = "dense"

@@ -1,4 +1,4 @@
-"""Differentiable sparse linear layers: the three GEMMs of method section 1, put together from the ops.
+"""Differentiable sparse linear layers: three sparse GEMMs, put together from the ops.
 
     forward   y  = x (W.M)^T              spmm(packed, x)            packed    = W.M       [out, in]
     dgrad     dx = dy (W.M)               spmm(packed_t, dy)         packed_t  = (W.M)^T   [in, out]

@@ -52,7 +52,7 @@ def wgrad(packed: Tensor, x: Tensor, rows: int) -> Tensor:
 
 
 def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
-    """dy [T, F] -> packed dy^T [F, T'], pruned 2:4 along tokens by exact MVUE (paper, section 3.3; `reference.mvue`).
+    """dy [T, F] -> packed dy^T [F, T'], pruned 2:4 along tokens by exact MVUE (`reference.mvue`).
 
     seeds int64 [n]; the draw is a function of seeds[index] and the position alone.
     """
@@ -94,8 +94,9 @@ def pack_weight_(
 def masked_decay_(
     grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, rows: int, cols: int, decay: float
 ) -> None:
-    """grad += decay * (1 - M) * w in place (paper, section 4.1), M the block at (row, col) of a packed [rows, cols]
-    matrix.
+    """grad += decay * (1 - M) * w in place: the paper's masked decay.
+
+    M is the block at (row, col) of the mask of a packed [rows, cols] matrix.
 
     grad and w have one shape [r, c]; the sum is taken in fp32. With grad = w and a negative decay this is the decay on
     weights.

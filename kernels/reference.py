@@ -21,8 +21,7 @@ _OVERLAPPING = [(p, q) for p in range(6) for q in range(p + 1, 6) if p + q != 5]
 
 
 def best_mask(w: Tensor) -> Tensor:
-    """The transposable 2:4 mask that keeps the largest sum of |w| in every aligned 4x4 tile (method: section 3.2,
-    exhaustive).
+    """The transposable 2:4 mask that keeps the largest sum of |w| in every aligned 4x4 tile (exhaustive).
 
     w [rows, cols], any float dtype, rows % 4 == cols % 4 == 0  ->  bool [rows, cols].
     Of the 90 candidates the score is (s0 + s1) + (s2 + s3) in fp32, s_r the sum of the two kept magnitudes of row r.
@@ -138,7 +137,7 @@ def uniform(seed: Tensor, n: int, first: int = 0) -> Tensor:
 
 
 def mvue(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Minimum-variance unbiased 2:4 pruning by systematic sampling (exact form of the paper's section 3.3).
+    """Minimum-variance unbiased 2:4 pruning by systematic sampling (the paper's MVUE, exactly).
 
     x fp32 [4, ...], u fp32 [...] uniform in [0, 1)  ->  kept lanes i < j (int64) and their values (fp32), all [...].
     E[pruned x] = x; the variance is the least that any unbiased 2:4 pruning has. A group that is not finite comes out
