@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..kernels import providers
 from ..kernels.gain import gain
 from ..passes.find import Linear, find_linears
-from ..passes.rewrite import Group, rewrite
+from ..passes.rewrite import Group, groups_of, rewrite
 from . import (
     step as step,  # registers the optimizer hooks
 )
@@ -86,11 +86,12 @@ class SparseGraph:
                 raise
             log.exception("sparse24: could not read a graph; it stays dense")
         self.sites: list[tuple[int, Linear]] = []  # (which input is the weight, its linear)
+        together = self._together()
         for linear in self.linears:
             param: Any = example_inputs[position[linear.weight]] if linear.weight else None
             reason = linear.reason
             if reason is None:
-                reason, linear = _decide(param, linear, recipe)
+                reason, linear = _decide(param, linear, together[linear], recipe)
             if reason is None:
                 weights.attach(param, linear.name, recipe).wgrad = linear.wgrad
                 self.sites.append((position[linear.weight], linear))
@@ -101,6 +102,18 @@ class SparseGraph:
         self._variant(self._active(example_inputs), example_inputs, at_compile_time=True)
         if self.dynamic and self.sites:
             self._variant(0, example_inputs, at_compile_time=True)
+
+    def _together(self) -> dict[Linear, int]:
+        """For each linear that may be sparse the out_features of the matmul it would be part of."""
+        wanted = [linear for linear in self.linears if linear.reason is None]
+        try:
+            groups = groups_of(self.original, wanted)
+        except Exception:
+            if self.recipe.strict:
+                raise
+            log.exception("sparse24: could not group the linears of a graph; each is measured by itself")
+            return {linear: linear.out_features for linear in wanted}
+        return {linear: sum(m.out_features for m in group.linears) for group in groups for linear in group.linears}
 
     def __call__(self, *args: Any) -> Any:
         return self._variant(self._active(args), args)(*args)
@@ -230,10 +243,11 @@ def ineligible(param: Any) -> str | None:
     return None
 
 
-def _decide(param: Tensor, linear: Linear, recipe: Recipe) -> tuple[str | None, Linear]:
+def _decide(param: Tensor, linear: Linear, together: int, recipe: Recipe) -> tuple[str | None, Linear]:
     """(why it stays dense, or None;  the linear with its way of taking the weight gradient).
 
-    A weight is decided on once: another graph, another number of tokens or a resumed run find the same.
+    together: out_features of the matmul that it and its neighbours become; what is measured is that matmul, so the
+    neighbours find the same. A weight is decided on once: another graph, another number of tokens or a resumed run too.
     """
     known = weights.get(param)
     if known is not None and known.recipe == recipe and known.decided:
@@ -243,12 +257,12 @@ def _decide(param: Tensor, linear: Linear, recipe: Recipe) -> tuple[str | None, 
         return waiting.get("reason"), replace(linear, wgrad=waiting["wgrad"])
     if recipe.when == "always":
         return None, replace(linear, wgrad=recipe.wgrad)
-    shape = (linear.out_features, linear.in_features)
-    slow = providers.why_slow(*shape, linear.dtype, param.device)
+    slow = providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
     if slow is not None:
         return slow, linear
     try:
-        found = gain(*shape, linear.tokens, linear.dtype, param.dtype, param.device, recipe.wgrad)
+        shape = (together, linear.in_features, linear.tokens)
+        found = gain(*shape, linear.dtype, param.dtype, param.device, recipe.wgrad)
     except torch.OutOfMemoryError:
         log.warning("sparse24: %s: no memory is left to measure whether it gains; it is sparse", linear.name)
         return None, replace(linear, wgrad=recipe.wgrad)

@@ -35,9 +35,9 @@ class Recipe:
     wgrad          "mvue": weight gradients from 2:4-pruned, unbiased output gradients (MVUE); "dense": from dense ones.
     layers         "ffn"; "all" for attention projections too; or fnmatch patterns of parameter names.
     skip           fnmatch patterns of parameter names that stay dense.
-    when           "faster": each layer is measured on this GPU, its sparse GEMMs and what packing costs against its dense
-                   GEMMs, and stays dense where that is faster; "always": sparse everywhere, if need be by masked dense
-                   matmuls. On a CPU both mean everywhere.
+    when           "faster": each layer is measured on this GPU, its sparse GEMMs and what packing costs against its
+                   dense GEMMs, and stays dense where that is faster; "always": sparse everywhere, if need be by masked
+                   dense matmuls. On a CPU both mean everywhere.
     seed           of the random draws of "mvue".
     inner          what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
     inductor       Inductor's own options, as torch.compile's options take them.

@@ -38,14 +38,12 @@ class Group:
         return self.linears[0].transposed
 
 
-def rewrite(gm: GraphModule, linears: Sequence[Linear]) -> list[Group]:
-    """Make `linears` (of `find_linears` on the same graph) sparse, in place. Returns the groups, in operand order.
+def groups_of(gm: GraphModule, linears: Sequence[Linear]) -> list[Group]:
+    """What `rewrite` would make one matmul of, in operand order."""
+    return _group(gm, linears)[0]
 
-    The graph gets new last placeholders: SEEDS int64 [groups], and for each group its packed [F, K] and packed_t [K,
-    F].
-    """
-    if not linears:
-        return []
+
+def _group(gm: GraphModule, linears: Sequence[Linear]) -> tuple[list[Group], dict[Node, Fused]]:
     by_path = {region.path: region for region in g.regions(gm)}
     fused: dict[Node, Fused] = {}
     for region in by_path.values():
@@ -53,10 +51,11 @@ def rewrite(gm: GraphModule, linears: Sequence[Linear]) -> list[Group]:
             found = match(node)
             if found is not None:
                 fused.update({n: found for n in found.linears})
+    # a form is taken whole or not at all: all its linears are chosen, and take their weight gradient in one way
     wgrad = {by_path[s.path].node(s.node): s.wgrad for s in linears}
     fused = {n: form for n, form in fused.items() if len({wgrad.get(m) for m in form.linears}) == 1}
     groups: list[Group] = []
-    for members in merge(linears, lambda s: fused.get(by_path[s.path].node(s.node))):
+    for members in _merge(linears, lambda s: fused.get(by_path[s.path].node(s.node))):
         region = by_path[members[0].path]
         nodes = [region.node(m.node) for m in members]
         form = fused.get(nodes[0])
@@ -65,7 +64,19 @@ def rewrite(gm: GraphModule, linears: Sequence[Linear]) -> list[Group]:
             groups.append(Group(tuple(members), form.kind))
         else:
             groups.append(Group(tuple(members), None))
+    return groups, fused
 
+
+def rewrite(gm: GraphModule, linears: Sequence[Linear]) -> list[Group]:
+    """Make `linears` (of `find_linears` on the same graph) sparse, in place. Returns the groups, in operand order.
+
+    The graph gets new last placeholders: SEEDS int64 [groups], and for each group its packed [F, K] and packed_t
+    [K, F].
+    """
+    if not linears:
+        return []
+    by_path = {region.path: region for region in g.regions(gm)}
+    groups, fused = _group(gm, linears)
     top = {SEEDS: g.add_placeholder(gm, SEEDS)}
     for i in range(len(groups)):
         for name in operand_names(i):
@@ -89,7 +100,7 @@ def operand_names(group: int) -> tuple[str, str]:
     return f"sparse24_packed_{group}", f"sparse24_packed_t_{group}"
 
 
-def merge(linears: Sequence[Linear], form_of: Callable[[Linear], Fused | None]) -> list[list[Linear]]:
+def _merge(linears: Sequence[Linear], form_of: Callable[[Linear], Fused | None]) -> list[list[Linear]]:
     """Linears of one layer that share an input come together: gate and up; q, k and v.
 
     Of several feed-forward layers on one input (experts that all see every token) each keeps its own fused activation;

@@ -101,6 +101,36 @@ def test_attention_projections_are_an_option() -> None:
     assert relative(run(x), masked_twin(model)(x)) < 1e-5
 
 
+def test_speed_is_measured_for_the_merged_matmul_and_decides(monkeypatch) -> None:
+    """gate and up together have 256 out_features, down has 64; what is slower stays dense and says so."""
+    from sparse24.kernels.gain import Gain
+
+    asked = []
+
+    def gain(rows: int, cols: int, tokens: int, *rest: object) -> Gain:
+        asked.append((rows, cols, tokens))
+        return Gain(sparse_ms=1.0, dense_ms=2.0 if rows == 256 else 0.5, wgrad="dense")
+
+    monkeypatch.setattr(backend, "gain", gain)
+    model = Stack(SwiGLU())
+    compiled(model, wgrad="mvue")(torch.randn(2, 5, 64))
+    assert sorted(asked) == [(64, 128, 10), (256, 64, 10), (256, 64, 10)]
+    assert sparse_names(model) == ["blocks.0.gate.weight", "blocks.0.up.weight"]
+    found = sparse24.session(model).weights
+    assert found["blocks.0.down.weight"].reason_skipped == "dense is faster here, 0.50 ms a step against 1.00 ms"
+    assert found["blocks.0.up.weight"].wgrad == "dense"
+    state = sparse24.session(model).state_dict()
+    monkeypatch.setattr(
+        backend, "gain", lambda *args: Gain(1.0, 9.0, "mvue")
+    )  # elsewhere all would gain: kept as it was
+    other = Stack(SwiGLU())
+    sparse24.session(other).load_state_dict(state)
+    torch._dynamo.reset()
+    compiled(other, wgrad="mvue")(torch.randn(2, 5, 64))
+    assert sparse_names(other) == sparse_names(model)
+    assert sparse24.session(other).weights["blocks.0.up.weight"].wgrad == "dense"
+
+
 def test_a_graph_that_cannot_be_compiled_stays_dense(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
     """An exception of ours costs speed, never the run; strict=True shows it."""
 
