@@ -71,8 +71,8 @@ class SparseGraph:
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], recipe: Recipe, mode: str | None) -> None:
         self.original, self.recipe, self.mode = gm, recipe, mode
-        self.input_names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-        position = {n: i for i, n in enumerate(self.input_names)}
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        position = {n.name: i for i, n in enumerate(placeholders)}
         self.linears: list[Linear] = []
         try:
             self.linears = find_linears(
@@ -97,11 +97,12 @@ class SparseGraph:
                 self.sites.append((position[linear.weight], linear))
             else:
                 self._leave_dense(param, linear, reason)
-        self.dynamic = any(_is_dynamic(n) for n in gm.graph.nodes if n.op == "placeholder")
-        self.variants: dict[int, Compiled] = {}
-        self._variant(self._active(example_inputs), example_inputs, at_compile_time=True)
+        self.dynamic = any(_is_dynamic(n) for n in placeholders)
+        self.variants: dict[int, Variant] = {}
+        known = self._weights(example_inputs)
+        self._variant(_active(known), example_inputs, known, at_compile_time=True)
         if self.dynamic and self.sites:
-            self._variant(0, example_inputs, at_compile_time=True)
+            self._variant(0, example_inputs, known, at_compile_time=True)
 
     def _together(self) -> dict[Linear, int]:
         """For each linear that may be sparse the out_features of the matmul it would be part of."""
@@ -116,42 +117,42 @@ class SparseGraph:
         return {linear: sum(m.out_features for m in group.linears) for group in groups for linear in group.linears}
 
     def __call__(self, *args: Any) -> Any:
-        return self._variant(self._active(args), args)(*args)
+        known = self._weights(args)
+        return self._variant(_active(known), args, known)(args, known)
 
-    def _weight(self, args: Sequence[Any], site: int) -> SparseWeight:
-        index, linear = self.sites[site]
-        weight = weights.get(args[index])
-        return weights.attach(args[index], linear.name, self.recipe) if weight is None else weight
+    def _weights(self, args: Sequence[Any]) -> list[SparseWeight]:
+        """The state of each site's weight; a block that comes by for the first time gets its own here."""
+        return [
+            weights.get(args[index]) or weights.attach(args[index], linear.name, self.recipe)
+            for index, linear in self.sites
+        ]
 
-    def _active(self, args: Sequence[Any]) -> int:
-        """Bit i: site i is sparse at this call."""
-        active = 0
-        for site in range(len(self.sites)):
-            active |= self._weight(args, site).sparse << site
-        return active
-
-    def _variant(self, active: int, args: Sequence[Any], at_compile_time: bool = False) -> Compiled:
+    def _variant(
+        self, active: int, args: Sequence[Any], known: list[SparseWeight], at_compile_time: bool = False
+    ) -> "Variant":
         found = self.variants.get(active)
         if found is None:
-            found = self.variants[active] = self._compile(active, args, at_compile_time)
+            found = self.variants[active] = self._compile(active, args, known, at_compile_time)
         return found
 
-    def _compile(self, active: int, args: Sequence[Any], at_compile_time: bool) -> Compiled:
+    def _compile(self, active: int, args: Sequence[Any], known: list[SparseWeight], at_compile_time: bool) -> "Variant":
         inner = self.recipe
         if self.dynamic and not at_compile_time:
             log.warning(
                 "sparse24: a graph with dynamic shapes runs uncompiled for a set of sparse layers met after compilation"
             )
-            inner = Recipe(inner="eager")
+            inner = replace(inner, inner="eager")
         gm = copy.deepcopy(self.original)
         if not active:
-            return _compile_inner(gm, args, inner, self.mode)
+            return Variant(_compile_inner(gm, args, inner, self.mode))
         sites = [i for i in range(len(self.sites)) if active >> i & 1]
         try:
-            groups = rewrite(gm, [self.sites[i][1] for i in sites])
+            linears = [self.sites[i][1] for i in sites]
+            at = dict(zip(linears, sites, strict=True))
+            variant = Variant(groups=[(g, [at[linear] for linear in g.linears]) for g in rewrite(gm, linears)])
             _name_sources(gm)
-            variant = Variant(self, groups)
-            variant.compiled = _compile_inner(gm, [*args, *variant.examples(args)], inner, self.mode)
+            examples = variant.examples(known, static=inner.inner != "eager")
+            variant.compiled = _compile_inner(gm, [*args, *examples], inner, self.mode)
             return variant
         except (BackendError, RestartAnalysis):  # the latter is how a compiler asks Dynamo to trace again
             raise
@@ -160,11 +161,9 @@ class SparseGraph:
                 raise
             log.exception("sparse24: could not compile a graph with sparse layers; they stay dense")
             for i in sites:
-                index, linear = self.sites[i]
-                weight = weights.attach(args[index], linear.name, self.recipe)
-                weight.to_dense()
-                weight.reason_skipped = f"compilation failed: {type(error).__name__}: {error}"
-            return self._variant(0, args, at_compile_time)
+                known[i].to_dense()
+                known[i].reason_skipped = f"compilation failed: {type(error).__name__}: {error}"
+            return self._variant(0, args, known, at_compile_time)
 
     def _leave_dense(self, param: Any, linear: Linear, reason: str) -> None:
         if linear.wanted and not reason.startswith(weights.SLOWER):
@@ -179,52 +178,53 @@ class SparseGraph:
 
 
 class Variant:
-    """A compiled graph with sparse layers: calls it with the operands and random seeds of the weights it is given."""
+    """A compiled graph. Its sparse layers get the operands and random seeds of the weights of a call.
 
-    compiled: Compiled
+    groups: what became one matmul, with the sites that its weights stand at; none in the dense graph.
+    """
 
-    def __init__(self, graph: SparseGraph, groups: Sequence[Group]) -> None:
-        self.recipe = graph.recipe
-        inputs = {linear: index for index, linear in graph.sites}
-        self.groups = [(group, [inputs[linear] for linear in group.linears]) for group in groups]
-        self.draws = any(group.wgrad == "mvue" for group in groups)
+    def __init__(self, compiled: Compiled | None = None, groups: Sequence[tuple[Group, Sequence[int]]] = ()) -> None:
+        self.compiled, self.groups = compiled, groups
+        self.draws = any(group.wgrad == "mvue" for group, _ in groups)
 
-    def _weights(self, args: Sequence[Any]) -> list[tuple[SparseWeight, ...]]:
-        found = []
-        for _, indices in self.groups:
-            members = tuple(weights.get(args[i]) for i in indices)
-            assert None not in members
-            found.append(members)
-        return found  # type: ignore[return-value]
-
-    def _operands(self, groups: list[tuple[SparseWeight, ...]]) -> list[Tensor]:
+    def _operands(self, members: list[tuple[SparseWeight, ...]]) -> list[Tensor]:
         tensors: list[Tensor] = []
-        for (group, _), members in zip(self.groups, groups, strict=True):
-            for weight in members:
+        for (group, _), together in zip(self.groups, members, strict=True):
+            for weight in together:
                 weight.follow()
-            tensors += weights.operand_of(members, group.dtype, group.transposed).inputs
+            tensors += weights.operand_of(together, group.dtype, group.transposed).inputs
         return tensors
 
-    def __call__(self, *args: Any) -> Any:
-        groups = self._weights(args)
-        operands = self._operands(groups)
-        seeds = [0] * len(groups)
+    def _members(self, known: list[SparseWeight]) -> list[tuple[SparseWeight, ...]]:
+        return [tuple(known[site] for site in sites) for _, sites in self.groups]
+
+    def __call__(self, args: Sequence[Any], known: list[SparseWeight]) -> Any:
+        assert self.compiled is not None
+        if not self.groups:
+            return self.compiled(*args)
+        members = self._members(known)
+        operands = self._operands(members)
+        seeds = [0] * len(members)
         if self.draws and torch.is_grad_enabled():
-            seeds = [draw_seed(members[0]) for members in groups]
-            for members in groups:
-                for weight in members:
+            seeds = [draw_seed(together[0]) for together in members]
+            for together in members:
+                for weight in together:
                     weight.calls += 1
         return self.compiled(*args, seeds_on(seeds, operands[0].device), *operands)
 
-    def examples(self, args: Sequence[Any]) -> list[Any]:
-        """Operands to compile with; static ones where shapes are dynamic."""
-        groups = self._weights(args)
-        operands = self._operands(groups)
-        examples = [seeds_on([0] * len(groups), operands[0].device), *operands]
+    def examples(self, known: list[SparseWeight], static: bool) -> list[Any]:
+        """Operands to compile with; fake ones of static shape where Dynamo traces and a compiler looks at shapes."""
+        operands = self._operands(self._members(known))
+        examples = [seeds_on([0] * len(self.groups), operands[0].device), *operands]
         context = TracingContext.try_get()
-        if context is None or context.fake_mode is None or self.recipe.inner == "eager":
+        if not static or context is None or context.fake_mode is None:
             return examples
         return [context.fake_mode.from_tensor(t, static_shapes=True) for t in examples]
+
+
+def _active(known: list[SparseWeight]) -> int:
+    """Bit i: site i is sparse."""
+    return sum(weight.sparse << i for i, weight in enumerate(known))
 
 
 def ineligible(param: Any) -> str | None:

@@ -86,8 +86,9 @@ def _decay(optimizer: Optimizer) -> None:
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    while _deferred:
-        _deferred.pop().check()
+    waiting, _deferred[:] = list(_deferred), []  # taken first: a caught error must not come again at the next step
+    for counts in waiting:
+        counts.check()
     closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
     if not callable(closure):
         _decay(optimizer)

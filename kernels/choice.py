@@ -48,7 +48,12 @@ _choices: dict[Problem, Choice] = {}
 def matmul(problem: Problem, packed: Tensor, x: Tensor) -> Tensor:
     """The product, by the chosen provider."""
     choice = choose(problem)
-    return _BY_NAME[choice.provider].run(problem, packed, x, choice.algorithm)
+    try:
+        return _BY_NAME[choice.provider].run(problem, packed, x, choice.algorithm)
+    except cusparselt.Failed as error:  # the choice was measured for the rounded number of tokens
+        log.warning("sparse24: %s fails for %s, masked dense matmuls serve: %s", choice.provider, problem, error)
+        _choices[problem] = Choice(MaskedDense.name)
+        return matmul(problem, packed, x)
 
 
 def choose(problem: Problem) -> Choice:
@@ -133,7 +138,7 @@ def _data(problem: Problem) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
 def _algorithms(provider: Provider, problem: Problem) -> list[int | None]:
     try:
         return list(provider.algorithms(problem))
-    except (cusparselt.Failed, cusparselt.Unavailable, RuntimeError) as error:
+    except RuntimeError as error:
         log.info("sparse24: %s does not serve %s: %s", provider.name, problem, error)
         return []
 

@@ -69,7 +69,10 @@ def _single(node: Node) -> bool:
 
 
 def match(node: Node) -> Fused | None:
-    """The fused form that ends at `node`, if its linears are used for nothing else."""
+    """The fused form that ends at `node`, if its linears are used for nothing else.
+
+    A larger form ends later than the one it takes in: through a graph in order, the last match of a linear counts.
+    """
     operands = mul_operands(node)
     if operands is not None and operands[0] is not operands[1]:
         for gate, up in (operands, operands[::-1]):
@@ -90,16 +93,7 @@ def match(node: Node) -> Fused | None:
             return _ungated("relu2", inner[1], node)
         return None
     unary = _unary(node)
-    if unary is None or any(match_parent(user, node) for user in node.users):
-        return None
-    return _ungated(unary[0], unary[1], node)
-
-
-def match_parent(user: Node, node: Node) -> bool:
-    """Whether a larger fused form, a product or a square, ends at `user` and takes `node` in."""
-    if mul_operands(user) is None and op_name(user) not in ("square", "pow"):
-        return False
-    return match(user) is not None
+    return _ungated(unary[0], unary[1], node) if unary is not None else None
 
 
 def _ungated(kind: str, source: Node, output: Node) -> Fused | None:

@@ -1,6 +1,5 @@
 """What the passes ask of a Dynamo graph: its regions, what a node is, where a placeholder comes from."""
 
-import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -218,7 +217,7 @@ def linear_args(node: Node) -> LinearArgs | None:
     return LinearArgs(x, weight, bias, transposed)
 
 
-def walk_back(start: Node, stop_at_linears: bool = True) -> Iterator[Node]:
+def walk_back(start: Node) -> Iterator[Node]:
     """All nodes that `start` depends on, nearest first, not going past linears."""
     seen, queue = {start}, [start]
     while queue:
@@ -227,7 +226,7 @@ def walk_back(start: Node, stop_at_linears: bool = True) -> Iterator[Node]:
             if n not in seen:
                 seen.add(n)
                 yield n
-                if not (stop_at_linears and linear_args(n)):
+                if not linear_args(n):
                     queue.append(n)
 
 
@@ -245,7 +244,7 @@ def walk_forward(start: Node, stop_at: Callable[[Node], bool]) -> Iterator[Node]
 
 def mul_operands(node: Node) -> tuple[Node, Node] | None:
     """The two tensor factors of a product of nodes, None where `node` is not one."""
-    if op_name(node) != "mul" or node.target in (operator.matmul,) or len(node.args) != 2 or node.kwargs:
+    if op_name(node) != "mul" or len(node.args) != 2 or node.kwargs:
         return None
     a, b = node.args
     return (a, b) if isinstance(a, Node) and isinstance(b, Node) else None

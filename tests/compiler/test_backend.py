@@ -131,6 +131,26 @@ def test_speed_is_measured_for_the_merged_matmul_and_decides(monkeypatch) -> Non
     assert sparse24.session(other).weights["blocks.0.up.weight"].wgrad == "dense"
 
 
+def test_a_matmul_that_fails_is_served_by_another_provider(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An algorithm measured for a rounded number of tokens may refuse the true one: training goes on."""
+    from sparse24.kernels import choice, cusparselt, layout, ops, reference
+
+    class Refuses:
+        name = "refuses"
+
+        def run(self, *args: object) -> torch.Tensor:
+            raise cusparselt.Failed("status 3")
+
+    monkeypatch.setitem(choice._BY_NAME, "refuses", Refuses())
+    monkeypatch.setattr(choice, "_find", lambda problem: choice.Choice("refuses"))
+    monkeypatch.setattr(choice, "_choices", {})
+    w, x = torch.randn(64, 128), torch.randn(5, 128)
+    mask = reference.best_mask(w)
+    y = ops.spmm(layout.pack(w, mask, "sm_90"), x, 64)
+    assert relative(y, x @ (w * mask).t()) < 1e-6
+    assert any("status 3" in r.getMessage() for r in caplog.records)
+
+
 def test_a_graph_that_cannot_be_compiled_stays_dense(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
     """An exception of ours costs speed, never the run; strict=True shows it."""
 
