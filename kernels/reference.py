@@ -130,7 +130,7 @@ def _mix32(h: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, n: int, first: int = 0) -> Tensor:
-    """fp32 [n] in [0, 1), multiples of 2^-23: entries from `first` on of the stream of a 64-bit `seed` (int64 [1])."""
+    """fp32 [n] in (0, 1), odd multiples of 2^-23: entries from `first` on of the stream of a 64-bit `seed` (int64 [1])."""
     counter = torch.arange(first, first + n, device=seed.device) & 0xFFFFFFFF
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     # Both keys depend on every bit of the seed: were they low and high, seeds 5 and 6 would permute the same numbers.
@@ -138,35 +138,30 @@ def uniform(seed: Tensor, n: int, first: int = 0) -> Tensor:
     h = counter ^ key
     h = ((h ^ (h >> 16)) * 0x7FEB352D + other) & 0xFFFFFFFF  # `_mix32` with the other key inside
     h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return ((h ^ (h >> 16)) >> 9).to(torch.float32) * 2.0**-23
+    return ((h ^ (h >> 16)) >> 9 | 1).to(torch.float32) * 2.0**-23
 
 
 def mvue(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Minimum-variance unbiased 2:4 pruning by systematic sampling (the paper's MVUE, exactly).
 
-    x fp32 [4, ...], u fp32 [...] uniform in [0, 1)  ->  kept lanes i < j (int64) and their values (fp32), all [...].
-    E[pruned x] = x; the variance is the least that any unbiased 2:4 pruning has. A group that is not finite comes out
-    not finite, so that a GradScaler sees it.
+    x fp32 [4, ...], u fp32 [...] from `uniform`  ->  kept lanes i < j (int64) and their values (fp32), all [...].
+    E[pruned x] = x; the variance is the least that any unbiased 2:4 pruning has. A lane larger than the other three
+    together is always kept: with u between 2^-23 and 1 - 2^-23, t < c and t + c > c survive rounding, and so does every
+    comparison that decides on that lane. A group that is not finite comes out not finite, so that a GradScaler sees it.
     """
     a = x.abs()
     h0, l0 = torch.maximum(a[0], a[1]), torch.minimum(a[0], a[1])
     h1, l1 = torch.maximum(a[2], a[3]), torch.minimum(a[2], a[3])
     mx = torch.maximum(h0, h1)
     rest = (torch.minimum(h0, h1) + l0) + l1  # the sum of the other three, without cancellation
-    spike = mx > rest
-    c = torch.where(spike, rest, 0.5 * (mx + rest))
+    c = torch.where(mx > rest, rest, 0.5 * (mx + rest)).clamp(min=2.0**-126)  # above 0 where one lane is not empty
     s1 = torch.minimum(a[0], c)
     s2 = s1 + torch.minimum(a[1], c)
     s3 = s2 + torch.minimum(a[2], c)
     t = u * c
     i = (t >= s1).to(torch.int64) + (t >= s2).to(torch.int64)
     tc = t + c
-    j = 1 + (tc >= s2).to(torch.int64) + (tc >= s3).to(torch.int64)
-    j = torch.maximum(j, i + 1)
-    k = torch.where(a[0] == mx, 0, torch.where(a[1] == mx, 1, torch.where(a[2] == mx, 2, 3)))
-    missed = spike & (i != k) & (j != k)  # a spike is kept whatever rounding did above
-    j = torch.where(missed & (k > i), k, j)
-    i = torch.where(missed & (k < i), k, i)
+    j = 1 + ((t >= s1) | (tc > s2)).to(torch.int64) + ((t >= s2) | (tc > s3)).to(torch.int64)
 
     def value(lane: Tensor) -> Tensor:
         v = x.gather(0, lane[None])[0]

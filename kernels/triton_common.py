@@ -47,6 +47,28 @@ def load_kept(metadata, m, c, rows, cols, ORDER: tl.constexpr):
 
 
 @triton.jit
+def load_tile_masks(metadata, m, c0, rows, cols, ORDER: tl.constexpr, G: tl.constexpr):
+    """int32 [R, G], bit 4 * i + l set where lane l of group c0 + g is kept in row m + i, i < 4. c0 a multiple of 8.
+
+    Read by whole words of eight nibbles: so few loads that Triton gives them the layout of the values, and not the
+    values that of the loads.
+    """
+    c8, a = tl.arange(0, G // 8)[None, :, None, None, None], tl.arange(0, 2)[None, None, :, None, None]
+    b, k = tl.arange(0, 2)[None, None, None, :, None], tl.arange(0, 2)[None, None, None, None, :]
+    first = c0 + 8 * c8 + (2 * b if ORDER == "sm_90" else 4 * a)  # of the word's groups
+    mask = tl.zeros([m.shape[0], G], tl.int32)
+    for i in tl.static_range(4):
+        row = (m + i)[:, None, None, None, None]
+        byte, _ = nibble_address(row, first, rows, cols, ORDER)
+        words = tl.load((metadata + (byte & -4)).to(tl.pointer_type(tl.int32)))
+        byte, shift = nibble_address(row, c0 + 8 * c8 + 4 * a + 2 * b + k, rows, cols, ORDER)
+        nibble = (words >> ((byte & 3).to(tl.int32) * 8 + shift)) & 15
+        kept = (1 << (nibble & 3)) | (1 << (nibble >> 2))
+        mask |= tl.reshape(kept, [m.shape[0], G]) << (4 * i)
+    return mask
+
+
+@triton.jit
 def store_nibbles(metadata, nibbles, m0, c0, rows, cols, ORDER: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
     """Write int32 nibbles [R, G], the first one that of group c0 in row m0 (multiples of 64 and 16, as R and G are).
 
@@ -86,14 +108,14 @@ def _mix32(h):
 
 @triton.jit
 def uniform(seed, position):
-    """Twin of `reference.uniform` at uint32 positions: fp32 in [0, 1). seed int64 scalar."""
+    """Twin of `reference.uniform` at uint32 positions: fp32 in (0, 1). seed int64 scalar."""
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     first, second = _mix32(low ^ _mix32(high)), _mix32(tl.add(_mix32(low), high, sanitize_overflow=False))
     h = position ^ first
     h = tl.add(tl.mul(h ^ (h >> 16), 0x7FEB352D, sanitize_overflow=False), second, sanitize_overflow=False)
     h = tl.mul(h ^ (h >> 15), 0x846CA68B, sanitize_overflow=False)
     h ^= h >> 16
-    return ((h >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0  # a conversion would cost four times as much
+    return ((h >> 9) | 0x3F800001).to(tl.float32, bitcast=True) - 1.0  # a conversion would cost four times as much
 
 
 @triton.jit
@@ -115,25 +137,18 @@ def _kept_value(x, c, nothing):
 
 @triton.jit
 def mvue(x0, x1, x2, x3, u):
-    """Twin of `reference.mvue`: the nibble (int32) of each group and its two kept values, fp32.
-
-    Lane k is a spike exactly where a_k > rest, and then no other is; so the twin's rule that a spike is kept whatever
-    rounding did becomes, case by case: k = 0 needs i = 0; k = 1 needs i < 2, and j = 1 where i = 0; k = 2 needs j >= 2,
-    and j = 2 where i < 2; k = 3 has j = 3 anyway, since s3 = c then. Conditions cost a GPU less than lanes.
-    """
+    """Twin of `reference.mvue`: the nibble (int32) of each group and its two kept values, fp32."""
     a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     h0, l0, h1, l1 = _max(a0, a1), _min(a0, a1), _max(a2, a3), _min(a2, a3)
     mx, rest = _max(h0, h1), (_min(h0, h1) + l0) + l1
-    c = tl.where(mx > rest, rest, 0.5 * (mx + rest))
+    c = _max(tl.where(mx > rest, rest, 0.5 * (mx + rest)), 1.1754943508222875e-38)  # 2^-126
     s1 = _min(a0, c)
     s2 = s1 + _min(a1, c)
     s3 = s2 + _min(a2, c)
     t = u * c
     tc = t + c
-    after0, after1 = t >= s1, t >= s2
-    i1, i2 = after0 & (a0 <= rest), after1 & (h0 <= rest)  # i >= 1, i >= 2
-    j2 = after0 | (a2 > rest) | ((tc >= s2) & (a1 <= rest))  # j >= 2
-    j3 = after1 | ((tc >= s3) & (a2 <= rest) & ((a1 <= rest) | after0))  # j >= 3
+    i1, i2 = t >= s1, t >= s2  # i >= 1, i >= 2
+    j2, j3 = i1 | (tc > s2), i2 | (tc > s3)  # j >= 2, j >= 3
     nothing = c * 0.0
     first = _kept_value(tl.where(i2, x2, tl.where(i1, x1, x0)), c, nothing)
     last = _kept_value(tl.where(j3, x3, tl.where(j2, x2, x1)), c, nothing)

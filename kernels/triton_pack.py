@@ -22,6 +22,7 @@ from .triton_common import (
     check_packed,
     launch,
     load_kept,
+    load_tile_masks,
     metadata_of,
     store_nibbles,
     store_values,
@@ -33,9 +34,11 @@ _SATURATE = tl.constexpr(2.0**123)  # reference.SATURATE
 
 @triton.jit
 def _load_lanes(at):
-    """The four lanes of each group, [R, C] each, from pointers [R, C, 4]."""
-    x = tl.load(at)
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
+    """The four lanes of each group, [R, C] each, from pointers [R, 4 * C].
+
+    The pointers are two-dimensional, or Triton would give neighbouring threads different rows.
+    """
+    even, odd = tl.split(tl.reshape(tl.load(at), [at.shape[0], at.shape[1] // 4, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
@@ -83,14 +86,6 @@ def _best_mask(x0, x1, x2, x3):
                 v = u + tl.where(v >= swapped, v, swapped)
                 mask, best = tl.where(v > best, mask_u | mask_v, mask), tl.where(v > best, v, best)
     return mask
-
-
-@triton.jit
-def _load_mask(metadata, m, g, rows, cols, ORDER: tl.constexpr):
-    """int32, bit 4 * r + c set where (m + r, 4 * g + c) is kept; m and g broadcast."""
-    mask = load_kept(metadata, m, g, rows, cols, ORDER) | load_kept(metadata, m + 1, g, rows, cols, ORDER) << 4
-    mask |= load_kept(metadata, m + 2, g, rows, cols, ORDER) << 8
-    return mask | load_kept(metadata, m + 3, g, rows, cols, ORDER) << 12
 
 
 @triton.jit
@@ -188,15 +183,13 @@ def pack_weights_kernel(
     metadata, metadata_t = metadata_of(packed, rows, cols), metadata_of(packed_t, cols, rows)
     r0 = tile_row * T
     r = r0 + 4 * tl.arange(0, G)
-    lane = tl.arange(0, 4)[None, None, :]
     flips, nans = 0, 0
     for tile in range(first, last):
         c0 = tile * T
-        c = c0 + 4 * tl.arange(0, G)
-        at = w + r.to(tl.int64)[:, None, None] * stride_r + (c.to(tl.int64)[None, :, None] + lane) * stride_c
+        at = w + r.to(tl.int64)[:, None] * stride_r + (c0 + tl.arange(0, T)).to(tl.int64)[None, :] * stride_c
         x0, x1 = _load_lanes(at), _load_lanes(at + stride_r)
         x2, x3 = _load_lanes(at + stride_r + stride_r), _load_lanes(at + stride_r + stride_r + stride_r)
-        mask = _load_mask(metadata, (row + r)[:, None], ((col + c) // 4)[None, :], rows, cols, ORDER)
+        mask = load_tile_masks(metadata, row + r, (col + c0) // 4, rows, cols, ORDER, G)
         if SEARCH:
             old = mask
             mask = _best_mask(x0, x1, x2, x3)
@@ -264,9 +257,10 @@ def masked_decay_kernel(
     for tile in range(first, last):
         g = tile * (T // 4) + tl.arange(0, T // 4)
         kept = load_kept(metadata, (row + r)[:, None], (col // 4 + g)[None, :], rows, cols, ORDER)
-        m, c = r.to(tl.int64)[:, None, None], (4 * g).to(tl.int64)[None, :, None] + lane
+        m, c = r.to(tl.int64)[:, None], (tile * T + tl.arange(0, T)).to(tl.int64)[None, :]
         at = grad + m * grad_r + c * grad_c
-        pruned = tl.where((kept[:, :, None] >> lane) & 1 != 0, 0.0, tl.load(w + m * w_r + c * w_c).to(tl.float32))
+        x = tl.reshape(tl.load(w + m * w_r + c * w_c), [T, T // 4, 4]).to(tl.float32)
+        pruned = tl.reshape(tl.where((kept[:, :, None] >> lane) & 1 != 0, 0.0, x), [T, T])
         tl.store(at, (tl.load(at).to(tl.float32) + tl.cast(decay, tl.float32) * pruned).to(GRAD))
 
 

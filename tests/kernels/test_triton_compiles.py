@@ -33,7 +33,7 @@ def cases(arch):
         yield "triton_pack", "pack_weights_kernel", {"SEARCH": False, **constants}, 4
         yield "triton_pack", "masked_decay_kernel", {"GRAD": FP32, "UNIT_GRAD": unit, **constants, "FIELDS": 13}, 8
     yield "triton_glu", "pack_gradient_kernel", {**order, **TOKENS}, 4
-    yield "triton_glu", "glu_backward_pack_kernel", {**SWIGLU, **order, **TOKENS}, 4
+    yield "triton_glu", "glu_backward_pack_kernel", {**SWIGLU, **order, **TOKENS}, 8
     if arch == 90:  # the order of the metadata is all that differs
         for kind in ("silu", "gelu", "gelu_tanh"):
             constants = {**SWIGLU, "KIND": kind, "BT": 16, "BF": 128}
