@@ -130,7 +130,7 @@ def _mix32(h: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, n: int, first: int = 0) -> Tensor:
-    """fp32 [n] in (0, 1), odd multiples of 2^-23: entries from `first` on of the stream of a 64-bit `seed` (int64 [1])."""
+    """fp32 [n] in (0, 1), odd multiples of 2^-23: the stream of a 64-bit `seed` (int64 [1]) from entry `first` on."""
     counter = torch.arange(first, first + n, device=seed.device) & 0xFFFFFFFF
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     # Both keys depend on every bit of the seed: were they low and high, seeds 5 and 6 would permute the same numbers.
