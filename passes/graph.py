@@ -58,8 +58,17 @@ class Region:
 
 
 def copy_of(gm: GraphModule) -> GraphModule:
-    """A copy whose placeholders know their sources, which fx's own copy forgets."""
-    copied = copy.deepcopy(gm)
+    """A copy on the same tensors (an optimizer's graph holds its parameters), whose placeholders know their sources.
+
+    fx's own copy has tensors of its own, and forgets sources.
+    """
+    tensors = {
+        id(t): t
+        for module in gm.modules()
+        for t in (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        if isinstance(t, torch.Tensor)
+    }
+    copied = copy.deepcopy(gm, tensors)
     for old, new in zip(gm.graph.find_nodes(op="placeholder"), copied.graph.find_nodes(op="placeholder"), strict=True):
         source = getattr(old, "_dynamo_source", None)
         if source is not None:
