@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         step += 1
         if step % args.save_every == 0:
             print({"step": step, "loss": loss.item(), "flip_rate": session.flip_rate()})
-            parts = {"model": model, "optimizer": optimizer, "session": session}
+            parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "session": session}
             state = {"step": step, **{name: part.state_dict() for name, part in parts.items()}}
             torch.save(state, checkpoint.with_suffix(".tmp"))  # renamed when whole: a killed run keeps the last one
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)

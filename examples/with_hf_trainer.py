@@ -51,7 +51,12 @@ def main(argv: Sequence[str] | None = None) -> float:
     """Trains, and returns the mean loss of the last logged steps."""
     args = parse(__doc__, argv)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, **sizes))
     model.compile(backend="sparse24", options=recipe(args))
     arguments = TrainingArguments(
