@@ -26,7 +26,7 @@ test: $(STAMP)
 # On a machine with a GPU, in the environment that is active there. Each test is named in the log as soon as it ends.
 test-gpu:
 	mkdir -p benchmarks/results
-	python -m pytest -v -n $${WORKERS:-8} --tb=short -W ignore tests/gpu $(ARGS) | tee benchmarks/results/gpu_tests.log
+	python -m pytest -v -n $${WORKERS:-8} --dist loadgroup --durations=10 --tb=short -W ignore tests/gpu $(ARGS) 2>&1 | tee benchmarks/results/gpu_tests.log
 
 # mypy reads a copy of the packages laid out as they are installed; its messages name the true files.
 lint: $(STAMP)

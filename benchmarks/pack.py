@@ -24,13 +24,13 @@ def weight_kernels(rows: int, cols: int, master: torch.dtype) -> dict[str, tuple
     w = torch.randn(rows, cols, device="cuda").to(master)
     size = layout.numel(rows, cols, torch.bfloat16)
     packed, packed_t = (torch.zeros(size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    stats, grad, where = torch.zeros(2, dtype=torch.int64, device="cuda"), torch.zeros_like(w), (0, 0, rows, cols)
-    ops.pack_weight_(w, packed, packed_t, stats, *where, True)
+    blocks, grads = [layout.Block(w, packed, packed_t, 0, 0, rows, cols)], [torch.zeros_like(w)]
+    ops.pack_weights_(blocks, True)
     moved = w.nbytes + packed.nbytes + packed_t.nbytes
     return {
-        "pack_weight, new mask": (lambda: ops.pack_weight_(w, packed, packed_t, stats, *where, True), moved, w),
-        "pack_weight, mask kept": (lambda: ops.pack_weight_(w, packed, packed_t, stats, *where, False), moved, w),
-        "masked_decay": (lambda: ops.masked_decay_(grad, w, packed, *where, 1e-4), 3 * w.nbytes, w),
+        "pack_weights, new mask": (lambda: ops.pack_weights_(blocks, True), moved, w),
+        "pack_weights, mask kept": (lambda: ops.pack_weights_(blocks, False), moved, w),
+        "masked_decay": (lambda: ops.masked_decay_(grads, blocks, 1e-4), 3 * w.nbytes, w),
     }
 
 

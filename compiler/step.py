@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ..kernels import ops
+from ..kernels import layout, ops
 from . import weights
 from .weights import SparseWeight
 
@@ -69,20 +69,20 @@ def _decay(optimizer: Optimizer) -> None:
         stepping = []
     _stepping[optimizer] = [weight for weight, _ in stepping]
     scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its kernel
+    alike: dict[tuple[torch.device, float], list[tuple[torch.Tensor, layout.Block]]] = {}
     for weight, group in stepping:
         decay = weight.recipe.decay
         if not decay or not weight.sparse or not weight.operands:
             continue
-        param = weight.param
-        operand = next(iter(weight.operands.values()))
-        where = operand.where(weight)
-        if weight.recipe.decay_on == "weight":
-            with torch.no_grad():
-                ops.masked_decay_(param.detach(), param.detach(), operand.packed, *where, -float(group["lr"]) * decay)
-        else:
-            assert param.grad is not None
-            factor = decay if scale is None else decay * float(scale)
-            ops.masked_decay_(param.grad.detach(), param.detach(), operand.packed, *where, factor)
+        param, grad = weight.param, weight.param.grad
+        assert grad is not None
+        on, factor = (param, -float(group["lr"]) * decay) if weight.recipe.decay_on == "weight" else (grad, decay)
+        if on is grad and scale is not None:
+            factor *= float(scale)
+        block = next(iter(weight.operands.values())).block(weight)
+        alike.setdefault((param.device, factor), []).append((on.detach(), block))
+    for (_, factor), pairs in alike.items():
+        ops.masked_decay_([on for on, _ in pairs], [block for _, block in pairs], factor)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # where the step is compiled, Dynamo would trace into it
@@ -113,21 +113,21 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     if optimizer not in _judged:
         _judge(optimizer, stepped)
-    searched = {id(weight) for weight in stepped if weight.advance()}
-    packed = [weight for weight in stepped if weight.sparse and weight.operands]
-    by_device: dict[torch.device, list[SparseWeight]] = {}
-    for weight in packed:
-        by_device.setdefault(weight.param.device, []).append(weight)
-    for device, members in by_device.items():
-        stats = torch.stack([weight.stats for weight in members if weight.stats is not None])
-        if device.type == "cuda" and not any(id(weight) in searched for weight in members):
+    due: dict[tuple[torch.device, bool], list[SparseWeight]] = {}
+    for weight in stepped:
+        weight.advance()
+        if weight.sparse and weight.operands:
+            due.setdefault((weight.param.device, weight.refresh_due), []).append(weight)
+    packed = [(device, search, members, weights.pack(members, search)) for (device, search), members in due.items()]
+    for device, search, members, stats in packed:
+        if device.type == "cuda" and not search:
             with torch.cuda.device(device):
                 _deferred.append(_Deferred(members, stats))
             continue
         rows = stats.tolist()
         weights.check_stats(members, rows)
-        for weight, (flips, _) in zip(members, rows, strict=True):
-            if id(weight) in searched:
+        if search:
+            for weight, (flips, _) in zip(members, rows, strict=True):
                 weight.flips = flips
 
 

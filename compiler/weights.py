@@ -4,7 +4,7 @@ The registry has weak keys: parameters stay ordinary, carry no attribute of ours
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,6 @@ class SparseWeight:
         self.layer = 0
         self.phase = "dense"
         self.operands: dict[object, Operand] = {}
-        self.stats: Tensor | None = None
         self._packed_from: tuple[int, int] | None = None
         self._last_mask: Tensor | None = None  # nibbles, two a byte, while no operand holds them
         if reason_skipped is None:
@@ -93,12 +92,6 @@ class SparseWeight:
             return None
         return torch.stack((self._last_mask & 15, self._last_mask >> 4), -1).view(self.shape[0], -1)
 
-    def repack(self, search: bool) -> None:
-        """Bring all packed forms up to the master: values with the mask in force, or (search) with a new mask."""
-        for operand in self.operands.values():
-            operand.pack(self, search)
-        self.note_packed()
-
     def note_packed(self) -> None:
         param = self.param
         self._packed_from = (param._version, param.data_ptr())
@@ -109,24 +102,23 @@ class SparseWeight:
         Before the first step the mask is searched anew; after it the mask in force is kept.
         """
         param = self.param
-        if self._packed_from == (param._version, param.data_ptr()):
+        if not self.operands or self._packed_from == (param._version, param.data_ptr()):
             return
         if any(operand.packed.device != param.device for operand in self.operands.values()):
             self._keep_mask()
             return
-        self.repack(search=self.step == 0)
-        check_finite([self])
+        check_stats([self], pack([self], search=self.step == 0).tolist())
 
-    def advance(self) -> bool:
-        """After an optimizer step that changed the master. Returns whether the mask was searched anew."""
+    def advance(self) -> None:
+        """Count an optimizer step that changed the master; the last one of the sparse phase drops the packed forms."""
         self.step, self.calls = self.step + 1, 0
         if self.step == self.recipe.dense_after:
             self.to_dense()
-        if not self.sparse:
-            return False
-        search = self.step % self.recipe.refresh_every == 0
-        self.repack(search)
-        return search and bool(self.operands)
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the mask is to be searched anew after the step just counted."""
+        return self.step % self.recipe.refresh_every == 0
 
     def _keep_mask(self) -> None:
         """Drop the packed forms and keep the mask, in 1/8 byte an entry."""
@@ -219,11 +211,8 @@ class Operand:
         """row, col, rows, cols: where the weight's block stands."""
         return (*self._origin[id(weight)], self.rows, self.cols)
 
-    def pack(self, weight: SparseWeight, search: bool) -> None:
-        param = weight.param
-        if weight.stats is None or weight.stats.device != param.device:
-            weight.stats = torch.zeros(2, dtype=torch.int64, device=param.device)
-        ops.pack_weight_(param.detach(), self.packed, self.packed_t, weight.stats, *self.where(weight), search)
+    def block(self, weight: SparseWeight) -> layout.Block:
+        return layout.Block(weight.param.detach(), self.packed, self.packed_t, *self.where(weight))
 
     def nibbles(self, weight: SparseWeight) -> Tensor:
         row, col, rows, cols = self.where(weight)
@@ -251,8 +240,7 @@ def operand_of(weights: tuple[SparseWeight, ...], dtype: torch.dtype, transposed
             nibbles = weight._nibbles()
             if nibbles is not None:
                 operand.put_mask(weight, nibbles.to(operand.packed.device))
-            operand.pack(weight, search=nibbles is None)
-        check_finite(weights)
+            check_stats([weight], ops.pack_weights_([operand.block(weight)], search=nibbles is None).tolist())
         for weight in weights:
             weight.operands[key] = operand
             weight._last_mask = None
@@ -260,14 +248,23 @@ def operand_of(weights: tuple[SparseWeight, ...], dtype: torch.dtype, transposed
     return operand
 
 
-def check_finite(weights: Iterable[SparseWeight]) -> None:
-    """Raise NotFiniteError that names the first weight whose last packing met NaN. Waits for the device."""
-    weights = [w for w in weights if w.stats is not None]
-    if weights:
-        check_stats(weights, torch.stack([w.stats for w in weights if w.stats is not None]).tolist())
+def pack(weights: Sequence[SparseWeight], search: bool) -> Tensor:
+    """Bring all packed forms of weights on one device up to their masters, with the masks in force or with new ones.
+
+    Each weight has at least one operand. Returns `ops.pack_weights_`'s statistics, int64 [weights, 2].
+    """
+    blocks = [[operand.block(weight) for operand in weight.operands.values()] for weight in weights]
+    stats = ops.pack_weights_([block for own in blocks for block in own], search)
+    for weight in weights:
+        weight.note_packed()
+    if len(stats) > len(weights):  # some weight is multiplied in two dtypes: its forms tell the same
+        first = [sum(len(own) for own in blocks[:i]) for i in range(len(weights))]
+        stats = stats[first]
+    return stats
 
 
 def check_stats(weights: Sequence[SparseWeight], stats: Sequence[Sequence[int]], step: int | None = None) -> None:
+    """Raise NotFiniteError that names the first weight whose packing met NaN."""
     for weight, (_, nans) in zip(weights, stats, strict=True):
         if nans:
             entries = weight.shape[0] * weight.shape[1]

@@ -42,7 +42,7 @@ def gain(
     forward = choice.choose(Problem("spmm", rows, cols, tokens, dtype, device))
     dgrad = choice.choose(Problem("spmm", cols, rows, tokens, dtype, device))
     dense = forward.dense_ms + dgrad.dense_ms
-    sparse = forward.ms + dgrad.ms + _kernel_ms("pack_weight", rows, cols, master, dtype, device)
+    sparse = forward.ms + dgrad.ms + _kernel_ms("pack_weights", rows, cols, master, dtype, device)
     product = choice.choose(Problem("wgrad", rows, padded(tokens), cols, dtype, device))
     dense_wgrad, sparse_wgrad = product.dense_ms, math.inf
     if wgrad == "mvue":
@@ -52,14 +52,14 @@ def gain(
 
 
 def _kernel_ms(
-    kernel: Literal["pack_weight", "pack_gradient"],
+    kernel: Literal["pack_weights", "pack_gradient"],
     rows: int,
     cols: int,
     source: torch.dtype,
     dtype: torch.dtype,
     device: torch.device,
 ) -> float:
-    """ms of packing a [rows, cols] matrix, kept with the measured choices. "pack_weight" includes the decay."""
+    """ms of packing a [rows, cols] matrix, kept with the measured choices. "pack_weights" includes the decay."""
     key = f"{kernel} {rows}x{cols} {source} {dtype}".replace("torch.", "")
 
     def measure() -> float:
@@ -70,13 +70,13 @@ def _kernel_ms(
                 return choice.time_ms(lambda: ops.pack_gradient(m, seeds, 0), 5)
             size = layout.numel(rows, cols, dtype)
             packed, packed_t = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
-            stats, grad = torch.zeros(2, dtype=torch.int64, device=device), torch.zeros_like(m)
-            where = (0, 0, rows, cols)
-            ops.pack_weight_(m, packed, packed_t, stats, *where, True)
+            blocks = [layout.Block(m, packed, packed_t, 0, 0, rows, cols)]
+            grads = [torch.zeros_like(m)]
+            ops.pack_weights_(blocks, True)
 
             def step() -> None:
-                ops.pack_weight_(m, packed, packed_t, stats, *where, False)
-                ops.masked_decay_(grad, m, packed, *where, 1e-4)
+                ops.pack_weights_(blocks, False)
+                ops.masked_decay_(grads, blocks, 1e-4)
 
             return choice.time_ms(step, 5)
 

@@ -18,6 +18,7 @@ same form (twice the bytes for values); no tensor core reads it, the reference d
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,22 @@ NIBBLES = tuple(i | j << 2 for i, j in PAIRS)
 TILE = 64
 #: Rows come in blocks of this many in each order of the metadata.
 ROW_BLOCK = {"sm_90": 64, "sm_80": 128}
+
+
+class Block(NamedTuple):
+    """A weight w [r, c] and where it stands: at (row, col) of a [rows, cols] matrix with these packed forms.
+
+    packed is that of the matrix, packed_t that of its transpose. r, c, row and col are multiples of 64; w has any
+    strides.
+    """
+
+    w: Tensor
+    packed: Tensor
+    packed_t: Tensor
+    row: int
+    col: int
+    rows: int
+    cols: int
 
 
 def arch(device: torch.device) -> str | None:

@@ -3,15 +3,25 @@
 Letters: T tokens, K in_features, F features of an output, rows x cols a packed matrix. Dtypes are fp32, bf16 or fp16;
 packed buffers have the dtype of what they multiply (form: `layout`). CPU tensors run `reference`; CUDA tensors run the
 Triton kernels, and the matmuls the provider that `choice` takes. No op here has an autograd formula of its own except
-`glu`: `linear` puts them together into differentiable functions.
+`glu`: `linear` puts them together into differentiable functions. `pack_weights_` and `masked_decay_`, which no graph
+holds, are plain functions on all weights of an optimizer step at once.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import choice, layout, reference
+from .layout import Block
 from .providers import Problem
 from .reference import padded
+
+try:
+    from . import triton_ops as _fast
+except ImportError:  # a CPU build of torch comes without Triton
+    _fast = None  # type: ignore[assignment]
 
 _lib = torch.library.Library("sparse24", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -28,13 +38,6 @@ _define("glu(Tensor gate_up, Tensor? bias, str kind) -> Tensor")
 _define("glu_backward(Tensor dh, Tensor gate_up, Tensor? bias, str kind) -> Tensor")
 _define(
     "glu_backward_pack(Tensor dh, Tensor gate_up, Tensor? bias, str kind, Tensor seeds, int index) -> (Tensor, Tensor)"
-)
-_define(
-    "pack_weight_(Tensor w, Tensor(a!) packed, Tensor(b!) packed_t, Tensor(c!) stats, int row, int col, int rows, "
-    "int cols, bool search) -> ()"
-)
-_define(
-    "masked_decay_(Tensor(a!) grad, Tensor w, Tensor packed, int row, int col, int rows, int cols, float decay) -> ()"
 )
 
 
@@ -79,29 +82,28 @@ def glu_backward_pack(
     return torch.ops.sparse24.glu_backward_pack(dh, gate_up, bias, kind, seeds, index)
 
 
-def pack_weight_(
-    w: Tensor, packed: Tensor, packed_t: Tensor, stats: Tensor, row: int, col: int, rows: int, cols: int, search: bool
-) -> None:
-    """Write w [r, c] as the block at (row, col) of a packed [rows, cols] matrix, and w^T into packed_t [cols, rows].
+def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
+    """Write each weight as its block of the packed forms, all in one launch where they are alike.
 
-    search=True takes the optimal transposable mask of w (`reference.best_mask`) and writes the metadata; search=False
-    keeps the mask that the metadata holds and rewrites the values. stats int64 [2] receives how many mask bits changed,
-    and how many entries of w are NaN. r, c, row, col are multiples of 64. w fp32, bf16 or fp16 of any strides.
+    search=True takes the optimal transposable mask (`reference.best_mask`) and writes the metadata; search=False keeps
+    the mask that the metadata of `packed` holds and rewrites the values. Returns int64 [n, 2] on the device: how many
+    mask bits of each weight changed, and how many of its entries are NaN. Weights fp32, bf16 or fp16, on one device.
+    Raises ValueError where a block does not fit its matrix.
     """
-    torch.ops.sparse24.pack_weight_(w, packed, packed_t, stats, row, col, rows, cols, search)
+    return _twin("pack_weights_", blocks[0].packed)(blocks, search)
 
 
-def masked_decay_(
-    grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, rows: int, cols: int, decay: float
-) -> None:
-    """grad += decay * (1 - M) * w in place: the paper's masked decay.
+def masked_decay_(grads: Sequence[Tensor], blocks: Sequence[Block], decay: float) -> None:
+    """grad += decay * (1 - M) * w in place for each weight w and its mask M: the paper's masked decay, in one launch.
 
-    M is the block at (row, col) of the mask of a packed [rows, cols] matrix.
-
-    grad and w have one shape [r, c]; the sum is taken in fp32. With grad = w and a negative decay this is the decay on
-    weights.
+    A gradient has the shape of its weight, in fp32, bf16 or fp16 and any strides; the sum is taken in fp32. With
+    grad = w and a negative decay this is the decay on weights. Raises ValueError where shapes or dtypes do not fit.
     """
-    torch.ops.sparse24.masked_decay_(grad, w, packed, row, col, rows, cols, decay)
+    _twin("masked_decay_", blocks[0].packed)(grads, blocks, decay)
+
+
+def _twin(name: str, tensor: Tensor) -> Any:
+    return getattr(reference if tensor.device.type == "cpu" or _fast is None else _fast, name)
 
 
 # ------------------------------------------------------------------------------------------------------ implementations
@@ -115,21 +117,17 @@ def _run_wgrad(packed: Tensor, x: Tensor, rows: int) -> Tensor:
     return choice.matmul(Problem("wgrad", rows, padded(x.shape[0]), x.shape[1], x.dtype, x.device), packed, x)
 
 
-_FUSED = ("pack_gradient", "glu", "glu_backward", "glu_backward_pack", "pack_weight_", "masked_decay_")
+_FUSED = ("pack_gradient", "glu", "glu_backward", "glu_backward_pack")
 
 
 def _register() -> None:
     for key in ("CPU", "CUDA"):
         _lib.impl("spmm", _run_spmm, key)
         _lib.impl("wgrad", _run_wgrad, key)
-    try:
-        from . import triton_ops as fast
-    except ImportError:  # a CPU build of torch comes without Triton
-        fast = None  # type: ignore[assignment]
     for name in _FUSED:
         _lib.impl(name, getattr(reference, name), "CPU")
-        if fast is not None:
-            _lib.impl(name, getattr(fast, name), "CUDA")
+        if _fast is not None:
+            _lib.impl(name, getattr(_fast, name), "CUDA")
 
 
 _register()
@@ -168,16 +166,6 @@ def _(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 def _(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int) -> tuple[Tensor, Tensor]:
     tokens, features = gate_up.shape
     return gate_up.new_empty(tokens, features), gate_up.new_empty(layout.numel(features, padded(tokens), gate_up.dtype))
-
-
-@torch.library.register_fake("sparse24::pack_weight_", lib=_lib)
-def _(*args: object) -> None:
-    return None
-
-
-@torch.library.register_fake("sparse24::masked_decay_", lib=_lib)
-def _(*args: object) -> None:
-    return None
 
 
 def _glu_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

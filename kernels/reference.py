@@ -4,13 +4,14 @@ Arithmetic that decides something (which mask, which lane) is written so that a 
 fp32: the order of every addition is part of the definition.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import layout
+from .layout import Block
 
 # ---------------------------------------------------------------------------------------------------------------- masks
 
@@ -26,7 +27,7 @@ def best_mask(w: Tensor) -> Tensor:
     w [rows, cols], any float dtype, rows % 4 == cols % 4 == 0  ->  bool [rows, cols].
     Of the 90 candidates the score is (s0 + s1) + (s2 + s3) in fp32, s_r the sum of the two kept magnitudes of row r.
     Ties go to the first candidate in this order: rows 0, 1 and rows 2, 3 complementary (36); rows 0, 1 equal (6); one
-    column shared by rows 0 and 1 (48). NaN tiles get some legal mask: the caller counts them (`pack_weight_`).
+    column shared by rows 0 and 1 (48). NaN tiles get some legal mask: the caller counts them (`pack_weights_`).
     """
     rows, cols = w.shape
     a = w.detach().to(torch.float32).abs().clamp(max=SATURATE).view(rows // 4, 4, cols // 4, 4)
@@ -66,10 +67,14 @@ def best_mask(w: Tensor) -> Tensor:
     return layout.mask_from_nibbles(nibble[torch.stack(code, 1)].view(rows, cols // 4))
 
 
-def pack_weight_(
-    w: Tensor, packed: Tensor, packed_t: Tensor, stats: Tensor, row: int, col: int, rows: int, cols: int, search: bool
-) -> None:
-    """Twin of `ops.pack_weight_`."""
+def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
+    """Twin of `ops.pack_weights_`."""
+    return torch.stack([_pack_weight_(*block, search) for block in blocks])
+
+
+def _pack_weight_(
+    w: Tensor, packed: Tensor, packed_t: Tensor, row: int, col: int, rows: int, cols: int, search: bool
+) -> Tensor:
     order = layout.metadata_order(w.device)
     w = w.detach()
     r, c = w.shape
@@ -83,18 +88,16 @@ def pack_weight_(
         layout.write_nibbles(metadata_t, layout.nibbles_from_mask(mask.t().contiguous()), col, row, cols, rows, order)
     values[row : row + r, col // 2 : (col + c) // 2] = w[mask].view(r, c // 2).to(packed.dtype)
     values_t[col : col + c, row // 2 : (row + r) // 2] = w.t()[mask.t()].view(c, r // 2).to(packed.dtype)
-    stats[0] = (mask ^ old_mask).sum()
-    stats[1] = w.isnan().sum()
+    return torch.stack(((mask ^ old_mask).sum(), w.isnan().sum()))
 
 
-def masked_decay_(
-    grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, rows: int, cols: int, decay: float
-) -> None:
+def masked_decay_(grads: Sequence[Tensor], blocks: Sequence[Block], decay: float) -> None:
     """Twin of `ops.masked_decay_`."""
-    mask = layout.read_mask(packed, rows, cols, layout.metadata_order(w.device))
-    mask = mask[row : row + w.shape[0], col : col + w.shape[1]]
-    pruned = w.detach().to(torch.float32).masked_fill(mask, 0.0)
-    grad.copy_(grad.to(torch.float32) + decay * pruned)
+    for grad, (w, packed, _, row, col, rows, cols) in zip(grads, blocks, strict=True):
+        mask = layout.read_mask(packed, rows, cols, layout.metadata_order(w.device))
+        mask = mask[row : row + w.shape[0], col : col + w.shape[1]]
+        pruned = w.detach().to(torch.float32).masked_fill(mask, 0.0)
+        grad.copy_(grad.to(torch.float32) + decay * pruned)
 
 
 # -------------------------------------------------------------------------------------------------------------- matmuls
@@ -127,13 +130,15 @@ def _mix32(h: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, n: int, first: int = 0) -> Tensor:
-    """fp32 [n] in [0, 1), multiples of 2^-24: entries from `first` on of the stream of a 64-bit `seed` (int64 [1])."""
+    """fp32 [n] in [0, 1), multiples of 2^-23: entries from `first` on of the stream of a 64-bit `seed` (int64 [1])."""
     counter = torch.arange(first, first + n, device=seed.device) & 0xFFFFFFFF
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     # Both keys depend on every bit of the seed: were they low and high, seeds 5 and 6 would permute the same numbers.
     key, other = _mix32(low ^ _mix32(high)), _mix32((_mix32(low) + high) & 0xFFFFFFFF)
-    h = _mix32((_mix32(counter ^ key) + other) & 0xFFFFFFFF)
-    return (h >> 8).to(torch.float32) * 2.0**-24
+    h = counter ^ key
+    h = ((h ^ (h >> 16)) * 0x7FEB352D + other) & 0xFFFFFFFF  # `_mix32` with the other key inside
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return ((h ^ (h >> 16)) >> 9).to(torch.float32) * 2.0**-23
 
 
 def mvue(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,7 +146,7 @@ def mvue(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     x fp32 [4, ...], u fp32 [...] uniform in [0, 1)  ->  kept lanes i < j (int64) and their values (fp32), all [...].
     E[pruned x] = x; the variance is the least that any unbiased 2:4 pruning has. A group that is not finite comes out
-    as not finite in both lanes, so that a GradScaler sees it.
+    not finite, so that a GradScaler sees it.
     """
     a = x.abs()
     h0, l0 = torch.maximum(a[0], a[1]), torch.minimum(a[0], a[1])
@@ -166,9 +171,7 @@ def mvue(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def value(lane: Tensor) -> Tensor:
         v = x.gather(0, lane[None])[0]
         kept = torch.where(v < 0, -1.0, 1.0) * torch.maximum(v.abs(), c)
-        kept = torch.where(v == 0, 0.0, kept)  # an empty lane is drawn only where rounding meets a boundary
-        total = mx + rest
-        return torch.where(total < float("inf"), kept, total)
+        return torch.where(v == 0, c * 0.0, kept)  # an empty lane is drawn only where rounding meets a boundary
 
     return i, j, value(i), value(j)
 

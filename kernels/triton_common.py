@@ -89,8 +89,11 @@ def uniform(seed, position):
     """Twin of `reference.uniform` at uint32 positions: fp32 in [0, 1). seed int64 scalar."""
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     first, second = _mix32(low ^ _mix32(high)), _mix32(tl.add(_mix32(low), high, sanitize_overflow=False))
-    h = _mix32(tl.add(_mix32(position ^ first), second, sanitize_overflow=False))
-    return (h >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    h = position ^ first
+    h = tl.add(tl.mul(h ^ (h >> 16), 0x7FEB352D, sanitize_overflow=False), second, sanitize_overflow=False)
+    h = tl.mul(h ^ (h >> 15), 0x846CA68B, sanitize_overflow=False)
+    h ^= h >> 16
+    return ((h >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0  # a conversion would cost four times as much
 
 
 @triton.jit
@@ -104,10 +107,10 @@ def _min(a, b):
 
 
 @triton.jit
-def _kept_value(x, c, total):
+def _kept_value(x, c, nothing):
     sign = x.to(tl.uint32, bitcast=True) & 0x80000000
     value = (_max(tl.abs(x), c).to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return tl.where(total < float("inf"), tl.where(x == 0, 0.0, value), total)
+    return tl.where(x == 0, nothing, value)
 
 
 @triton.jit
@@ -121,8 +124,7 @@ def mvue(x0, x1, x2, x3, u):
     a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     h0, l0, h1, l1 = _max(a0, a1), _min(a0, a1), _max(a2, a3), _min(a2, a3)
     mx, rest = _max(h0, h1), (_min(h0, h1) + l0) + l1
-    total = mx + rest
-    c = tl.where(mx > rest, rest, 0.5 * total)
+    c = tl.where(mx > rest, rest, 0.5 * (mx + rest))
     s1 = _min(a0, c)
     s2 = s1 + _min(a1, c)
     s3 = s2 + _min(a2, c)
@@ -132,8 +134,9 @@ def mvue(x0, x1, x2, x3, u):
     i1, i2 = after0 & (a0 <= rest), after1 & (h0 <= rest)  # i >= 1, i >= 2
     j2 = after0 | (a2 > rest) | ((tc >= s2) & (a1 <= rest))  # j >= 2
     j3 = after1 | ((tc >= s3) & (a2 <= rest) & ((a1 <= rest) | after0))  # j >= 3
-    first = _kept_value(tl.where(i2, x2, tl.where(i1, x1, x0)), c, total)
-    last = _kept_value(tl.where(j3, x3, tl.where(j2, x2, x1)), c, total)
+    nothing = c * 0.0
+    first = _kept_value(tl.where(i2, x2, tl.where(i1, x1, x0)), c, nothing)
+    last = _kept_value(tl.where(j3, x3, tl.where(j2, x2, x1)), c, nothing)
     return tl.where(i2, 2, tl.where(i1, 1, 0)) | tl.where(j3, 12, tl.where(j2, 8, 4)), first, last
 
 

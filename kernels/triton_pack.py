@@ -1,18 +1,21 @@
-"""Packing a weight and its transpose from one read, and the decay on what is pruned: Triton.
+"""Packing weights and their transposes from one read each, and the decay on what is pruned: Triton.
 
-A program takes a 64x64 tile; a thread holds whole 4x4 tiles, so the search needs no exchange between threads. A weight
-that is a transposed view is read along its own rows.
-
-Predicted from the machine code for an H200 at 1.75 GHz, not measured: integer and compare slots and memory bound a
-frozen repack of a bf16 weight alike (0.06 ms each for 14336x4096), memory one of an fp32 weight, and the decay; the
-search is bound by the slots (0.13 ms).
+One launch serves all weights of an optimizer step: at small widths a launch each would cost more than sparse matmuls
+gain. A program takes a strip of 64x64 tiles along a row of a weight, so that programs that run together touch memory
+side by side; a thread holds whole 4x4 tiles, so the search needs no exchange between threads.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import layout
+from .layout import Block
 from .triton_common import (
     check_dtypes,
     check_matrix,
@@ -36,12 +39,6 @@ def _load_lanes(at):
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
-
-
-@triton.jit
-def _across(x0, x1, x2, x3, LANE: tl.constexpr):
-    """Lane LANE of four transposed lines: a line of the matrix itself."""
-    return tl.trans(x0[LANE]), tl.trans(x1[LANE]), tl.trans(x2[LANE]), tl.trans(x3[LANE])
 
 
 @triton.jit
@@ -130,176 +127,237 @@ def _sum_abs(x):
 
 
 @triton.jit
-def pack_weight_kernel(
-    w,  # [r, c], strides (stride_r, stride_c)
-    packed,  # of [rows, cols]
-    packed_t,  # of [cols, rows]
-    stats,  # int64 [2], zeroed
-    stride_r,
-    stride_c,
-    row,
-    col,
-    rows,
-    cols,
+def _field(table, i: tl.constexpr, divisor: tl.constexpr):
+    """Field i of a table row, a known multiple of `divisor`."""
+    return tl.multiple_of(tl.load(table + i), divisor)
+
+
+@triton.jit
+def _pointer(table, i: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """Field i of a table row as an address, on 16 bytes where ALIGNED."""
+    at = tl.load(table + i).to(tl.pointer_type(dtype))
+    return tl.multiple_of(at, 16) if ALIGNED else at
+
+
+@triton.jit
+def _strip(table, strips, FIELDS: tl.constexpr, STRIP: tl.constexpr):
+    """This program's part: its table row, the tile row, and the tile columns from first to last."""
+    table += tl.load(strips + tl.program_id(0)) * FIELDS
+    begin, tiles = tl.load(table), tl.load(table + 1).to(tl.int32)
+    strip = (tl.program_id(0) - begin).to(tl.int32)
+    across = (tiles + STRIP - 1) // STRIP
+    first = strip % across * STRIP
+    return table, strip // across, first, tl.minimum(first + STRIP, tiles)
+
+
+@triton.jit
+def _place(table):
+    """row, col, rows, cols: where the weight stands in its packed matrix."""
+    row, col = _field(table, 2, 64).to(tl.int32), _field(table, 3, 64).to(tl.int32)
+    return row, col, _field(table, 4, 64), _field(table, 5, 64)
+
+
+@triton.jit
+def _strides(table, i: tl.constexpr, UNIT: tl.constexpr):
+    """Strides of a matrix; UNIT: rows of contiguous entries, aligned to 16 bytes."""
+    return (_field(table, i, 8), 1) if UNIT else (tl.load(table + i), tl.load(table + i + 1))
+
+
+@triton.jit
+def pack_weights_kernel(
+    table,  # int64 [n, FIELDS], see `_launch_all`
+    strips,  # int32: the table row of each program
+    stats,  # int64 [n, 2], zeroed
     SEARCH: tl.constexpr,
-    TRANSPOSED: tl.constexpr,  # stride_r is the small one
+    MASTER: tl.constexpr,  # dtype of the weights
+    DTYPE: tl.constexpr,  # and of the packed forms
+    UNIT: tl.constexpr,
     ORDER: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
+    T: tl.constexpr,
+    STRIP: tl.constexpr,
+    FIELDS: tl.constexpr,
 ):
-    R: tl.constexpr = BR // 4
-    C: tl.constexpr = BC // 4
-    dtype: tl.constexpr = packed.dtype.element_ty
-    r0, c0 = tl.program_id(0) * BR, tl.program_id(1) * BC
-    r, c = r0 + 4 * tl.arange(0, R), c0 + 4 * tl.arange(0, C)
-    lane = tl.arange(0, 4)[None, None, :]
+    G: tl.constexpr = T // 4
+    table, tile_row, first, last = _strip(table, strips, FIELDS, STRIP)
+    row, col, rows, cols = _place(table)
+    w = _pointer(table, 6, MASTER, UNIT)
+    stride_r, stride_c = _strides(table, 7, UNIT)
+    packed = _pointer(table, 9, DTYPE, True)
+    packed_t = _pointer(table, 10, DTYPE, True)
+    stats += 2 * tl.load(table + 11)
     metadata, metadata_t = metadata_of(packed, rows, cols), metadata_of(packed_t, cols, rows)
-    if TRANSPOSED:
-        at = w + c.to(tl.int64)[:, None, None] * stride_c + (r.to(tl.int64)[None, :, None] + lane) * stride_r
-        y0, y1 = _load_lanes(at), _load_lanes(at + stride_c)
-        y2, y3 = _load_lanes(at + stride_c + stride_c), _load_lanes(at + stride_c + stride_c + stride_c)
-        x0, x1 = _across(y0, y1, y2, y3, 0), _across(y0, y1, y2, y3, 1)
-        x2, x3 = _across(y0, y1, y2, y3, 2), _across(y0, y1, y2, y3, 3)
-        old = tl.trans(_load_mask(metadata, (row + r)[None, :], ((col + c) // 4)[:, None], rows, cols, ORDER))
-    else:
+    r0 = tile_row * T
+    r = r0 + 4 * tl.arange(0, G)
+    lane = tl.arange(0, 4)[None, None, :]
+    flips, nans = 0, 0
+    for tile in range(first, last):
+        c0 = tile * T
+        c = c0 + 4 * tl.arange(0, G)
         at = w + r.to(tl.int64)[:, None, None] * stride_r + (c.to(tl.int64)[None, :, None] + lane) * stride_c
         x0, x1 = _load_lanes(at), _load_lanes(at + stride_r)
         x2, x3 = _load_lanes(at + stride_r + stride_r), _load_lanes(at + stride_r + stride_r + stride_r)
-        old = _load_mask(metadata, (row + r)[:, None], ((col + c) // 4)[None, :], rows, cols, ORDER)
-    mask = old
-    if SEARCH:
-        mask = _best_mask(x0, x1, x2, x3)
-        flips = mask ^ old
-        flips = (flips & 0x5555) + ((flips >> 1) & 0x5555)
-        flips = (flips & 0x3333) + ((flips >> 2) & 0x3333)
-        flips = (flips & 0x0F0F) + ((flips >> 4) & 0x0F0F)
-        tl.atomic_add(stats, tl.sum((flips & 0xFF) + (flips >> 8)).to(tl.int64), sem="relaxed")
-        tl.debug_barrier()  # every thread has read the old metadata before any thread writes the new
+        mask = _load_mask(metadata, (row + r)[:, None], ((col + c) // 4)[None, :], rows, cols, ORDER)
+        if SEARCH:
+            old = mask
+            mask = _best_mask(x0, x1, x2, x3)
+            bits = mask ^ old
+            bits = (bits & 0x5555) + ((bits >> 1) & 0x5555)
+            bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
+            bits = (bits & 0x0F0F) + ((bits >> 4) & 0x0F0F)
+            flips += tl.sum((bits & 0xFF) + (bits >> 8))
+            tl.debug_barrier()  # every thread has read the old metadata before any thread writes the new
 
-    # A sum of magnitudes is NaN exactly where an entry is (infinities do not cancel): the count is rarely needed.
-    probe = (_sum_abs(x0) + _sum_abs(x1)) + (_sum_abs(x2) + _sum_abs(x3))
-    if tl.sum((probe != probe).to(tl.int32)) > 0:
-        nans = tl.sum((_nans(x0) + _nans(x1)) + (_nans(x2) + _nans(x3)))
+        # A sum of magnitudes is NaN exactly where an entry is (infinities do not cancel): the count is rarely needed.
+        probe = (_sum_abs(x0) + _sum_abs(x1)) + (_sum_abs(x2) + _sum_abs(x3))
+        if tl.sum((probe != probe).to(tl.int32)) > 0:
+            nans += tl.sum((_nans(x0) + _nans(x1)) + (_nans(x2) + _nans(x3)))
+
+        v0, n0 = _keep(x0[0], x0[1], x0[2], x0[3], mask, 0, 1, DTYPE)
+        v1, n1 = _keep(x1[0], x1[1], x1[2], x1[3], mask, 4, 1, DTYPE)
+        v2, n2 = _keep(x2[0], x2[1], x2[2], x2[3], mask, 8, 1, DTYPE)
+        v3, n3 = _keep(x3[0], x3[1], x3[2], x3[3], mask, 12, 1, DTYPE)
+        values = tl.permute(_interleave(v0, v1, v2, v3), (0, 3, 4, 1, 2))
+        store_values(packed, tl.reshape(values, [T, T // 2]), row + r0, (col + c0) // 2, cols, T, T // 2)
+        if SEARCH:
+            nibbles = tl.permute(_interleave(n0, n1, n2, n3), (0, 2, 3, 1))
+            store_nibbles(metadata, tl.reshape(nibbles, [T, G]), row + r0, (col + c0) // 4, rows, cols, ORDER, T, G)
+
+        v0, n0 = _keep(x0[0], x1[0], x2[0], x3[0], mask, 0, 4, DTYPE)
+        v1, n1 = _keep(x0[1], x1[1], x2[1], x3[1], mask, 1, 4, DTYPE)
+        v2, n2 = _keep(x0[2], x1[2], x2[2], x3[2], mask, 2, 4, DTYPE)
+        v3, n3 = _keep(x0[3], x1[3], x2[3], x3[3], mask, 3, 4, DTYPE)
+        values = tl.permute(_interleave(v0, v1, v2, v3), (1, 3, 4, 0, 2))
+        store_values(packed_t, tl.reshape(values, [T, T // 2]), col + c0, (row + r0) // 2, rows, T, T // 2)
+        if SEARCH:
+            nibbles = tl.permute(_interleave(n0, n1, n2, n3), (1, 2, 3, 0))
+            store_nibbles(metadata_t, tl.reshape(nibbles, [T, G]), col + c0, (row + r0) // 4, cols, rows, ORDER, T, G)
+    if flips > 0:
+        tl.atomic_add(stats, flips.to(tl.int64), sem="relaxed")
+    if nans > 0:
         tl.atomic_add(stats + 1, nans.to(tl.int64), sem="relaxed")
-
-    v0, n0 = _keep(x0[0], x0[1], x0[2], x0[3], mask, 0, 1, dtype)
-    v1, n1 = _keep(x1[0], x1[1], x1[2], x1[3], mask, 4, 1, dtype)
-    v2, n2 = _keep(x2[0], x2[1], x2[2], x2[3], mask, 8, 1, dtype)
-    v3, n3 = _keep(x3[0], x3[1], x3[2], x3[3], mask, 12, 1, dtype)
-    values = tl.permute(_interleave(v0, v1, v2, v3), (0, 3, 4, 1, 2))
-    store_values(packed, tl.reshape(values, [BR, BC // 2]), row + r0, (col + c0) // 2, cols, BR, BC // 2)
-    if SEARCH:
-        nibbles = tl.permute(_interleave(n0, n1, n2, n3), (0, 2, 3, 1))
-        store_nibbles(metadata, tl.reshape(nibbles, [BR, C]), row + r0, (col + c0) // 4, rows, cols, ORDER, BR, C)
-
-    v0, n0 = _keep(x0[0], x1[0], x2[0], x3[0], mask, 0, 4, dtype)
-    v1, n1 = _keep(x0[1], x1[1], x2[1], x3[1], mask, 1, 4, dtype)
-    v2, n2 = _keep(x0[2], x1[2], x2[2], x3[2], mask, 2, 4, dtype)
-    v3, n3 = _keep(x0[3], x1[3], x2[3], x3[3], mask, 3, 4, dtype)
-    values = tl.permute(_interleave(v0, v1, v2, v3), (1, 3, 4, 0, 2))
-    store_values(packed_t, tl.reshape(values, [BC, BR // 2]), col + c0, (row + r0) // 2, rows, BC, BR // 2)
-    if SEARCH:
-        nibbles = tl.permute(_interleave(n0, n1, n2, n3), (1, 2, 3, 0))
-        store_nibbles(metadata_t, tl.reshape(nibbles, [BC, R]), col + c0, (row + r0) // 4, cols, rows, ORDER, BC, R)
 
 
 @triton.jit
 def masked_decay_kernel(
-    grad,  # [r, c], strides (grad_r, grad_c)
-    w,  # [r, c], strides (w_r, w_c)
-    packed,  # of [rows, cols]
-    grad_r,
-    grad_c,
-    w_r,
-    w_c,
-    row,
-    col,
-    rows,
-    cols,
+    table,  # int64 [n, FIELDS], see `_launch_all`
+    strips,  # int32: the table row of each program
     decay,
+    MASTER: tl.constexpr,  # dtype of the weights
+    DTYPE: tl.constexpr,  # of the packed forms
+    GRAD: tl.constexpr,  # of the gradients
+    UNIT: tl.constexpr,
+    UNIT_GRAD: tl.constexpr,
     ORDER: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
+    T: tl.constexpr,
+    STRIP: tl.constexpr,
+    FIELDS: tl.constexpr,
 ):
-    r0, g0 = tl.program_id(0) * BR, tl.program_id(1) * (BC // 4)
-    r, g = r0 + tl.arange(0, BR), g0 + tl.arange(0, BC // 4)
-    kept = load_kept(metadata_of(packed, rows, cols), (row + r)[:, None], (col // 4 + g)[None, :], rows, cols, ORDER)
+    table, tile_row, first, last = _strip(table, strips, FIELDS, STRIP)
+    row, col, rows, cols = _place(table)
+    w = _pointer(table, 6, MASTER, UNIT)
+    w_r, w_c = _strides(table, 7, UNIT)
+    metadata = metadata_of(_pointer(table, 9, DTYPE, True), rows, cols)
+    grad = _pointer(table, 10, GRAD, UNIT_GRAD)
+    grad_r, grad_c = _strides(table, 11, UNIT_GRAD)
+    r = tile_row * T + tl.arange(0, T)
     lane = tl.arange(0, 4)[None, None, :]
-    r, c = r.to(tl.int64)[:, None, None], (4 * g).to(tl.int64)[None, :, None] + lane
-    at = grad + r * grad_r + c * grad_c
-    pruned = tl.where((kept[:, :, None] >> lane) & 1 != 0, 0.0, tl.load(w + r * w_r + c * w_c).to(tl.float32))
-    tl.store(at, (tl.load(at).to(tl.float32) + tl.cast(decay, tl.float32) * pruned).to(grad.dtype.element_ty))
+    for tile in range(first, last):
+        g = tile * (T // 4) + tl.arange(0, T // 4)
+        kept = load_kept(metadata, (row + r)[:, None], (col // 4 + g)[None, :], rows, cols, ORDER)
+        m, c = r.to(tl.int64)[:, None, None], (4 * g).to(tl.int64)[None, :, None] + lane
+        at = grad + m * grad_r + c * grad_c
+        pruned = tl.where((kept[:, :, None] >> lane) & 1 != 0, 0.0, tl.load(w + m * w_r + c * w_c).to(tl.float32))
+        tl.store(at, (tl.load(at).to(tl.float32) + tl.cast(decay, tl.float32) * pruned).to(GRAD))
 
 
-def _check_block(w: Tensor, row: int, col: int, rows: int, cols: int, order: str) -> None:
+_STRIP = 4  # tiles of a program
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _check_block(block: Block, order: str) -> None:
+    w, row, col, rows, cols = block.w, block.row, block.col, block.rows, block.cols
     check_matrix(rows, cols, order)
+    check_dtypes(w=w, packed=block.packed)
     r, c = w.shape
     if any(n % layout.TILE or n < 0 for n in (r, c, row, col)) or row + r > rows or col + c > cols:
         raise ValueError(
             f"sparse24: found a {r}x{c} block at ({row}, {col}) of a {rows}x{cols} matrix, "
             f"need one inside it, in multiples of {layout.TILE}"
         )
+    check_packed(block.packed, rows, cols)
 
 
-def pack_weight_(
-    w: Tensor, packed: Tensor, packed_t: Tensor, stats: Tensor, row: int, col: int, rows: int, cols: int, search: bool
-) -> None:
-    """Twin of `reference.pack_weight_`, which defines it. The mask in `packed` is the one that counts."""
-    order = layout.metadata_order(w.device)
-    check_dtypes(w=w, packed=packed, packed_t=packed_t)
-    _check_block(w, row, col, rows, cols, order)
-    check_matrix(cols, rows, order)
-    check_packed(packed, rows, cols)
-    check_packed(packed_t, cols, rows)
-    stats.zero_()
-    launch(
-        pack_weight_kernel,
-        (w.shape[0] // layout.TILE, w.shape[1] // layout.TILE),
-        w.device,
-        w.detach(),
-        packed,
-        packed_t,
-        stats,
-        *w.stride(),
-        row,
-        col,
-        rows,
-        cols,
-        SEARCH=search,
-        TRANSPOSED=w.stride(0) < w.stride(1),
-        ORDER=order,
-        BR=layout.TILE,
-        BC=layout.TILE,
-        num_warps=4,
-    )
+def _unit(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
-def masked_decay_(
-    grad: Tensor, w: Tensor, packed: Tensor, row: int, col: int, rows: int, cols: int, decay: float
-) -> None:
-    """Twin of `reference.masked_decay_`, which defines it. grad and w may have any strides."""
-    order = layout.metadata_order(w.device)
-    check_dtypes(grad=grad, w=w)
-    _check_block(w, row, col, rows, cols, order)
-    if grad.shape != w.shape:
-        raise ValueError(f"sparse24: found grad {tuple(grad.shape)} and w {tuple(w.shape)}, need one shape")
-    check_packed(packed, rows, cols)
-    launch(
-        masked_decay_kernel,
-        (w.shape[0] // layout.TILE, w.shape[1] // layout.TILE),
-        w.device,
-        grad,
-        w.detach(),
-        packed,
-        *grad.stride(),
-        *w.stride(),
-        row,
-        col,
-        rows,
-        cols,
-        float(decay),
-        ORDER=order,
-        BR=layout.TILE,
-        BC=layout.TILE,
-        num_warps=4,
-    )
+@lru_cache(maxsize=256)  # the addresses are part of the key: what is stale is never found
+def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+    """The table and the strips on the device."""
+    begin, table, count = 0, [], []
+    for r, tiles, *fields in rows:
+        table.append([begin, tiles, *fields])
+        count.append(r // layout.TILE * -(-tiles // _STRIP))
+        begin += count[-1]
+    strips = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(count))
+    host = torch.tensor(table, dtype=torch.int64), strips
+    if device.type != "cuda":
+        return host
+    moved = [x.pin_memory().to(device, non_blocking=True) for x in host]
+    return moved[0], moved[1]
+
+
+def _launch_all(kernel: Any, rows: list[tuple[int, ...]], device: torch.device, *args: Any, **constants: Any) -> None:
+    """One program for each strip of each weight.
+
+    rows: the tiles down and across of each weight, then the fields of its table row from the third on. In a table row
+    the first two are its first program and the tiles across.
+    """
+    rows = [row for row in rows if row[0] and row[1]]
+    if not rows:
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    table, strips = _tables(device, stream, tuple(rows))
+    constants |= {"T": layout.TILE, "STRIP": _STRIP, "FIELDS": table.shape[1], "ORDER": layout.metadata_order(device)}
+    launch(kernel, (strips.shape[0],), device, table, strips, *args, **constants)
+
+
+def _row_of(block: Block) -> tuple[int, ...]:
+    w = block.w
+    place = (w.shape[0], w.shape[1] // layout.TILE, block.row, block.col, block.rows, block.cols)
+    return (*place, w.data_ptr(), w.stride(0), w.stride(1), block.packed.data_ptr())
+
+
+def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
+    """Twin of `reference.pack_weights_`, which defines it. The mask in `packed` is the one that counts."""
+    device = blocks[0].packed.device
+    stats = torch.zeros(len(blocks), 2, dtype=torch.int64, device=device)
+    launches: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
+    for i, block in enumerate(blocks):
+        _check_block(block, layout.metadata_order(device))
+        check_matrix(block.cols, block.rows, layout.metadata_order(device))
+        check_packed(block.packed_t, block.cols, block.rows)
+        key = (block.w.dtype, block.packed.dtype, _unit(block.w))
+        launches.setdefault(key, []).append((*_row_of(block), block.packed_t.data_ptr(), i))
+    for (master, dtype, unit), rows in launches.items():
+        kinds = {"MASTER": _TRITON[master], "DTYPE": _TRITON[dtype], "UNIT": unit}
+        _launch_all(pack_weights_kernel, rows, device, stats, SEARCH=search, **kinds, num_warps=4)
+    return stats
+
+
+def masked_decay_(grads: Sequence[Tensor], blocks: Sequence[Block], decay: float) -> None:
+    """Twin of `reference.masked_decay_`, which defines it. Gradients and weights may have any strides."""
+    launches: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
+    device = blocks[0].packed.device
+    for grad, block in zip(grads, blocks, strict=True):
+        _check_block(block, layout.metadata_order(device))
+        check_dtypes(grad=grad)
+        if grad.shape != block.w.shape:
+            found = f"grad {tuple(grad.shape)} and w {tuple(block.w.shape)}"
+            raise ValueError(f"sparse24: found {found}, need one shape")
+        key = (block.w.dtype, block.packed.dtype, grad.dtype, _unit(block.w), _unit(grad))
+        launches.setdefault(key, []).append((*_row_of(block), grad.data_ptr(), grad.stride(0), grad.stride(1)))
+    for (master, dtype, of_grad, unit, unit_grad), rows in launches.items():
+        kinds = {"MASTER": _TRITON[master], "DTYPE": _TRITON[dtype], "GRAD": _TRITON[of_grad]}
+        kinds |= {"UNIT": unit, "UNIT_GRAD": unit_grad}
+        _launch_all(masked_decay_kernel, rows, device, float(decay), **kinds, num_warps=8)

@@ -6,6 +6,8 @@ import torch
 from sparse24.kernels import layout, ops, reference
 from sparse24.kernels.providers import PROVIDERS, Problem
 
+from ..packing import masked_decay_, pack_weight_
+
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -71,8 +73,8 @@ def test_a_weight_packs_to_the_bytes_of_the_twin(order, master, dtype, transpose
     expected = [x.cpu() for x in found]
     stats, stats_ = torch.full((2,), -1, device=GPU), torch.full((2,), -1)
     for source, search in ((w, True), (w.neg().flip(0), True), (w, False)):
-        ops.pack_weight_(source.to(GPU), *found, stats, 128, 128, rows, cols, search)
-        ops.pack_weight_(source, *expected, stats_, 128, 128, rows, cols, search)
+        pack_weight_(ops, source.to(GPU), *found, stats, 128, 128, rows, cols, search)
+        pack_weight_(ops, source, *expected, stats_, 128, 128, rows, cols, search)
         assert_same_packed(found[0], expected[0], rows, cols)
         assert_same_packed(found[1], expected[1], cols, rows)
         assert stats.tolist() == stats_.tolist()
@@ -81,7 +83,7 @@ def test_a_weight_packs_to_the_bytes_of_the_twin(order, master, dtype, transpose
 def test_the_mask_of_many_ties_is_that_of_the_twin(order):
     w = torch.randint(-2, 3, (1024, 1024)).float()
     found, found_t = (poisoned(1024, 1024, torch.bfloat16, GPU) for _ in range(2))
-    ops.pack_weight_(w.to(GPU), found, found_t, torch.zeros(2, dtype=torch.int64, device=GPU), 0, 0, 1024, 1024, True)
+    pack_weight_(ops, w.to(GPU), found, found_t, torch.zeros(2, dtype=torch.int64, device=GPU), 0, 0, 1024, 1024, True)
     mask = reference.best_mask(w)
     assert_same_packed(found, layout.pack(w.bfloat16(), mask, order), 1024, 1024)
     assert_same_packed(found_t, layout.pack(w.bfloat16().t().contiguous(), mask.t().contiguous(), order), 1024, 1024)
@@ -94,8 +96,8 @@ def test_decay_is_that_of_the_twin_to_the_bit(order, master, grad_dtype, transpo
     w, grad = torch.randn(384, 640).to(master), torch.randn(384, 640).to(grad_dtype)
     packed = layout.pack(torch.randn(512, 768).bfloat16(), reference.best_mask(torch.randn(512, 768)), order)
     found = grad.to(GPU).t().contiguous().t() if transposed else grad.to(GPU)
-    ops.masked_decay_(found, w.to(GPU), packed.to(GPU), 128, 128, 512, 768, 3e-4)
-    ops.masked_decay_(grad, w, packed, 128, 128, 512, 768, 3e-4)
+    masked_decay_(ops, found, w.to(GPU), packed.to(GPU), 128, 128, 512, 768, 3e-4)
+    masked_decay_(ops, grad, w, packed, 128, 128, 512, 768, 3e-4)
     assert torch.equal(found.cpu(), grad)
 
 
@@ -104,6 +106,7 @@ def needs_memory(gib):
         pytest.skip(f"needs {gib} GiB of GPU memory")
 
 
+@pytest.mark.xdist_group("memory")  # one after the other
 def test_a_gradient_of_more_than_two_to_the_31_entries(order):
     needs_memory(30)
     tokens, features = 2**18, 8320
@@ -119,6 +122,7 @@ def test_a_gradient_of_more_than_two_to_the_31_entries(order):
     assert torch.equal((metadata[byte.to(GPU)].cpu() >> shift) & 15, (i | j << 2).t().to(torch.uint8))
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_weight_of_more_than_two_to_the_31_entries(order, transposed):
     needs_memory(30)
@@ -130,7 +134,7 @@ def test_a_weight_of_more_than_two_to_the_31_entries(order, transposed):
     )
     packed, packed_t = (torch.empty(layout.numel(rows, cols, w.dtype), dtype=w.dtype, device=GPU) for _ in range(2))
     stats = torch.zeros(2, dtype=torch.int64, device=GPU)
-    ops.pack_weight_(w, packed, packed_t, stats, 0, 0, rows, cols, True)
+    pack_weight_(ops, w, packed, packed_t, stats, 0, 0, rows, cols, True)
     tile = w[-64:, -64:].cpu()
     mask = reference.best_mask(tile)
     for buffer, size, dense, kept in ((packed, (rows, cols), tile, mask), (packed_t, (cols, rows), tile.t(), mask.t())):
@@ -141,7 +145,7 @@ def test_a_weight_of_more_than_two_to_the_31_entries(order, transposed):
         nibbles = (metadata[byte.to(GPU)].cpu() >> shift) & 15
         assert torch.equal(nibbles, layout.nibbles_from_mask(kept.contiguous()))
     grad = torch.zeros_like(w)
-    ops.masked_decay_(grad, w, packed, 0, 0, rows, cols, 0.5)
+    masked_decay_(ops, grad, w, packed, 0, 0, rows, cols, 0.5)
     assert torch.equal(grad[-64:, -64:].cpu(), torch.where(mask, 0.0, (0.5 * tile.float()).bfloat16()))
 
 
@@ -198,14 +202,11 @@ def test_what_the_compiler_is_told_of_the_kernels_is_true():
         return tuple(x.to(GPU) if isinstance(x, torch.Tensor) else x for x in args)
 
     gate_up, dh, bias, seeds = torch.randn(70, 256), torch.randn(70, 128), torch.randn(256), torch.tensor([3, 4])
-    w, packed = torch.randn(128, 128), torch.zeros(layout.numel(128, 128, torch.float32))
     for name, args in [
         ("pack_gradient", (gate_up, seeds, 1)),
         ("glu", (gate_up.requires_grad_(), bias, "swiglu")),
         ("glu_backward", (dh, gate_up.detach(), None, "swiglu")),
         ("glu_backward_pack", (dh, gate_up.detach(), bias, "geglu", seeds, 1)),
-        ("pack_weight_", (w, packed, packed.clone(), torch.zeros(2, dtype=torch.int64), 0, 0, 128, 128, True)),
-        ("masked_decay_", (w.clone(), w, packed, 0, 0, 128, 128, 1e-3)),
     ]:
         torch.library.opcheck(getattr(torch.ops.sparse24, name).default, on_gpu(*args))
 
@@ -255,7 +256,7 @@ def test_the_chosen_matmuls_are_those_of_the_masked_weight(tokens):
     packed, packed_t = (
         torch.empty(layout.numel(256, 512, torch.bfloat16), dtype=torch.bfloat16, device=GPU) for _ in range(2)
     )
-    ops.pack_weight_(w, packed, packed_t, torch.zeros(2, dtype=torch.int64, device=GPU), 0, 0, 256, 512, True)
+    pack_weight_(ops, w, packed, packed_t, torch.zeros(2, dtype=torch.int64, device=GPU), 0, 0, 256, 512, True)
     masked = (w.bfloat16() * reference.best_mask(w)).double()
     x = torch.randn(tokens, 512, device=GPU, dtype=torch.bfloat16)
     dy = torch.randn(tokens, 256, device=GPU, dtype=torch.bfloat16)

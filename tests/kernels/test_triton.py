@@ -12,6 +12,8 @@ tl = triton.language
 
 from sparse24.kernels import triton_common  # noqa: E402
 
+from ..packing import masked_decay_, pack_weight_  # noqa: E402
+
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [
@@ -157,8 +159,8 @@ def test_pack_weight_of_anything(fast, device, poisoned, same_packed, seed, shar
     w = w.t() if transposed else w
     found, expected = pair(poisoned, 128, 192, dtype, device), pair(poisoned, 128, 192, dtype, "cpu")
     for source, search in ((w, True), (w.neg().flip(0), True), (w, False)):
-        fast.pack_weight_(source.to(device), *found, 64, 128, 128, 192, search)
-        reference.pack_weight_(source, *expected, 64, 128, 128, 192, search)
+        pack_weight_(fast, source.to(device), *found, 64, 128, 128, 192, search)
+        pack_weight_(reference, source, *expected, 64, 128, 128, 192, search)
         same_packed(found[0], expected[0], 128, 192)
         same_packed(found[1], expected[1], 192, 128)
         assert found[2].tolist() == expected[2].tolist()
@@ -168,22 +170,22 @@ def test_pack_weight_in_both_orders(fast, device, order, poisoned, same_packed):
     w = torch.randn(128, 128)
     found, expected = pair(poisoned, 256, 128, torch.bfloat16, device), pair(poisoned, 256, 128, torch.bfloat16, "cpu")
     for row, source, search in ((0, w, True), (128, w.t(), True), (0, -2 * w.t(), False)):
-        fast.pack_weight_(source.to(device), *found, row, 0, 256, 128, search)
-        reference.pack_weight_(source, *expected, row, 0, 256, 128, search)
+        pack_weight_(fast, source.to(device), *found, row, 0, 256, 128, search)
+        pack_weight_(reference, source, *expected, row, 0, 256, 128, search)
     same_packed(found[0], expected[0], 256, 128)
     same_packed(found[1], expected[1], 128, 256)
     grad = torch.randn(128, 128)
     found_grad = grad.clone().to(device)
-    fast.masked_decay_(found_grad, w.to(device), found[0], 128, 0, 256, 128, 0.1)
-    reference.masked_decay_(grad, w, expected[0], 128, 0, 256, 128, 0.1)
+    masked_decay_(fast, found_grad, w.to(device), found[0], 128, 0, 256, 128, 0.1)
+    masked_decay_(reference, grad, w, expected[0], 128, 0, 256, 128, 0.1)
     assert torch.equal(found_grad.cpu(), grad)
 
 
 def test_many_ties(fast, device, poisoned, same_packed):
     w = torch.randint(-2, 3, (128, 128)).float()
     found, expected = pair(poisoned, 128, 128, torch.float32, device), pair(poisoned, 128, 128, torch.float32, "cpu")
-    fast.pack_weight_(w.to(device), *found, 0, 0, 128, 128, True)
-    reference.pack_weight_(w, *expected, 0, 0, 128, 128, True)
+    pack_weight_(fast, w.to(device), *found, 0, 0, 128, 128, True)
+    pack_weight_(reference, w, *expected, 0, 0, 128, 128, True)
     same_packed(found[0], expected[0], 128, 128)
 
 
@@ -199,8 +201,8 @@ def test_masked_decay_of_anything(fast, device, seed, share, master, dtype, deca
     w, grad = special(64, 64, seed, share).to(master), special(64, 64, seed + 1, share).to(dtype)
     packed = layout.pack(w, reference.best_mask(w), "sm_90")
     found = grad.clone().to(device)
-    fast.masked_decay_(found, w.to(device), packed.to(device), 0, 0, 64, 64, decay)
-    reference.masked_decay_(grad, w, packed, 0, 0, 64, 64, decay)
+    masked_decay_(fast, found, w.to(device), packed.to(device), 0, 0, 64, 64, decay)
+    masked_decay_(reference, grad, w, packed, 0, 0, 64, 64, decay)
     torch.testing.assert_close(found.cpu(), grad, rtol=0, atol=0, equal_nan=True)
 
 
@@ -242,7 +244,7 @@ def test_nothing_makes_nothing(fast, device, poisoned):
     assert fast.pack_gradient(torch.empty(64, 0, device=device), seeds, 0).shape == (0,)
     assert fast.glu(torch.empty(3, 0, device=device), None, "swiglu").shape == (3, 0)
     packed, packed_t, stats = pair(poisoned, 64, 64, torch.float32, device)
-    fast.pack_weight_(torch.empty(0, 64, device=device), packed, packed_t, stats, 0, 0, 64, 64, True)
+    pack_weight_(fast, torch.empty(0, 64, device=device), packed, packed_t, stats, 0, 0, 64, 64, True)
     assert packed.isnan()[:2048].all() and stats.tolist() == [0, 0]
 
 
@@ -250,15 +252,15 @@ def test_errors_say_what_was_found_and_what_is_needed(fast, device, poisoned):
     packed, packed_t, stats = pair(poisoned, 64, 128, torch.bfloat16, device)
     w, seeds = torch.randn(64, 128, device=device), torch.tensor([4], device=device)
     with pytest.raises(ValueError, match=r"found a 64x128 block at \(64, 0\) of a 64x128 matrix, need one inside it"):
-        fast.pack_weight_(w, packed, packed_t, stats, 64, 0, 64, 128, True)
+        pack_weight_(fast, w, packed, packed_t, stats, 64, 0, 64, 128, True)
     with pytest.raises(ValueError, match=r"found a 32x128 block at \(0, 0\)"):
-        fast.pack_weight_(w[:32], packed, packed_t, stats, 0, 0, 64, 128, True)
+        pack_weight_(fast, w[:32], packed, packed_t, stats, 0, 0, 64, 128, True)
     with pytest.raises(ValueError, match="found a packed buffer of shape"):
-        fast.pack_weight_(w, packed, packed_t[:-1], stats, 0, 0, 64, 128, True)
+        pack_weight_(fast, w, packed, packed_t[:-1], stats, 0, 0, 64, 128, True)
     with pytest.raises(ValueError, match="found w of torch.int64, need float32, bfloat16 or float16"):
-        fast.pack_weight_(w.long(), packed, packed_t, stats, 0, 0, 64, 128, True)
+        pack_weight_(fast, w.long(), packed, packed_t, stats, 0, 0, 64, 128, True)
     with pytest.raises(ValueError, match=r"found grad \(64, 64\) and w \(64, 128\), need one shape"):
-        fast.masked_decay_(w[:, :64], w, packed, 0, 0, 64, 128, 0.1)
+        masked_decay_(fast, w[:, :64], w, packed, 0, 0, 64, 128, 0.1)
     with pytest.raises(ValueError, match="found a 100x64 matrix, need rows in multiples of 64"):
         fast.pack_gradient(torch.randn(8, 100, device=device), seeds, 0)
     with pytest.raises(ValueError, match="found index 1 of seeds"):

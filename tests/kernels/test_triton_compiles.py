@@ -14,51 +14,52 @@ from pathlib import Path
 import pytest
 
 ORDERS = {90: "sm_90", 80: "sm_80"}
-TILE = {"BR": 64, "BC": 64}
+TABLE = {"T": 64, "STRIP": 4, "FIELDS": 12}
 TOKENS = {"BT": 64, "BF": 64}
 SWIGLU = {"KIND": "silu", "GATED": True, "HAS_BIAS": True}
-POINTERS = {"stats": "i64", "seeds": "i64"}
-MASTERS = ("w", "grad")  # fp32; the other tensors are bf16
-TENSORS = (*MASTERS, "packed", "packed_t", "dy", "dh", "z", "bias", "d", "h", *POINTERS)
+POINTERS = {"stats": "i64", "seeds": "i64", "table": "i64", "strips": "i32"}
+TENSORS = ("packed", "dy", "dh", "z", "bias", "d", "h", *POINTERS)
+FP32, BF16 = "fp32", "bf16"
 ELEMENTWISE = ("glu_kernel", "glu_backward_kernel")
 UNALIGNED = ("tokens", "index", "decay")
 
 
 def cases(arch):
-    """(module, kernel, constants, arguments that are 1, warps) of every launch worth compiling."""
+    """(module, kernel, constants, warps) of every launch worth compiling."""
     order = {"ORDER": ORDERS[arch]}
-    for search in (False, True):
-        for transposed in (False, True):
-            ones = ("stride_r",) if transposed else ("stride_c",)
-            constants = {"SEARCH": search, "TRANSPOSED": transposed, **order, **TILE}
-            yield "triton_pack", "pack_weight_kernel", constants, ones, 4
-    yield "triton_pack", "masked_decay_kernel", {**order, **TILE}, ("grad_c", "w_c"), 4
-    yield "triton_glu", "pack_gradient_kernel", {**order, **TOKENS}, (), 4
-    yield "triton_glu", "glu_backward_pack_kernel", {**SWIGLU, **order, **TOKENS}, (), 4
+    for unit in (True, False):
+        constants = {"MASTER": FP32, "DTYPE": BF16, "UNIT": unit, **order, **TABLE}
+        yield "triton_pack", "pack_weights_kernel", {"SEARCH": True, **constants}, 4
+        yield "triton_pack", "pack_weights_kernel", {"SEARCH": False, **constants}, 4
+        yield "triton_pack", "masked_decay_kernel", {"GRAD": FP32, "UNIT_GRAD": unit, **constants, "FIELDS": 13}, 8
+    yield "triton_glu", "pack_gradient_kernel", {**order, **TOKENS}, 4
+    yield "triton_glu", "glu_backward_pack_kernel", {**SWIGLU, **order, **TOKENS}, 4
     if arch == 90:  # the order of the metadata is all that differs
         for kind in ("silu", "gelu", "gelu_tanh"):
             constants = {**SWIGLU, "KIND": kind, "BT": 16, "BF": 128}
-            yield "triton_glu", "glu_kernel", constants, (), 4
-            yield "triton_glu", "glu_backward_kernel", constants, (), 4
+            yield "triton_glu", "glu_kernel", constants, 4
+            yield "triton_glu", "glu_backward_kernel", constants, 4
 
 
 def compile_all(folder):
     import importlib
 
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     def argument(name):
         if name in TENSORS:
-            return "*" + POINTERS.get(name, "fp32" if name in MASTERS else "bf16")
+            return "*" + POINTERS.get(name, "bf16")
         return "fp32" if name == "decay" else "i32"
 
+    DTYPES = {FP32: tl.float32, BF16: tl.bfloat16}
     for arch in ORDERS:
-        for module, name, constants, ones, warps in cases(arch):
+        for module, name, constants, warps in cases(arch):
             kernel = getattr(importlib.import_module(f"sparse24.kernels.{module}"), name)
-            constants = {**constants, **dict.fromkeys(ones, 1)}
+            constants = {k: DTYPES.get(v, v) for k, v in constants.items()}
             signature = {n: "constexpr" if n in constants else argument(n) for n in kernel.arg_names}
             aligned = {
                 (i,): [["tt.divisibility", 16]]
