@@ -36,9 +36,10 @@ lint: $(STAMP)
 	cp -Rp sparse24/. compiler passes kernels $(TYPES)
 	$(BIN)/mypy $(TYPES) examples | sed -E 's#^build/types/(sparse24/(compiler|passes|kernels))?#\2#'
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/models/timm.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[train,test,dev]"
+	$(BIN)/python -m pip install --no-deps -r tests/models/timm.txt
 	touch $@
 
 clean:

@@ -6,7 +6,6 @@ inputs: state follows the weight and not the graph, so one graph serves every bl
 block.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..kernels import providers
 from ..kernels.gain import gain
 from ..passes.find import Linear, find_linears
+from ..passes.graph import copy_of
 from ..passes.rewrite import Group, groups_of, rewrite
+from ..passes.tidy import tidy
 from . import (
     step as step,  # registers the optimizer hooks
 )
@@ -73,10 +74,12 @@ class SparseGraph:
         self.original, self.recipe, self.mode = gm, recipe, mode
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         position = {n.name: i for i, n in enumerate(placeholders)}
+        self.tidied = gm
         self.linears: list[Linear] = []
         try:
+            self.tidied = tidy(copy_of(gm))  # a copy: Dynamo reads its own placeholders afterwards
             self.linears = find_linears(
-                gm,
+                self.tidied,
                 layers=recipe.layers,
                 skip=recipe.skip,
                 ineligible=lambda placeholder: ineligible(example_inputs[position[placeholder]]),
@@ -108,7 +111,7 @@ class SparseGraph:
         """For each linear that may be sparse the out_features of the matmul it would be part of."""
         wanted = [linear for linear in self.linears if linear.reason is None]
         try:
-            groups = groups_of(self.original, wanted)
+            groups = groups_of(self.tidied, wanted)
         except Exception:
             if self.recipe.strict:
                 raise
@@ -142,9 +145,9 @@ class SparseGraph:
                 "sparse24: a graph with dynamic shapes runs uncompiled for a set of sparse layers met after compilation"
             )
             inner = replace(inner, inner="eager")
-        gm = copy.deepcopy(self.original)
         if not active:
-            return Variant(_compile_inner(gm, args, inner, self.mode))
+            return Variant(_compile_inner(copy_of(self.original), args, inner, self.mode))
+        gm = copy_of(self.tidied)
         sites = [i for i in range(len(self.sites)) if active >> i & 1]
         try:
             linears = [self.sites[i][1] for i in sites]

@@ -85,6 +85,7 @@ def _decay(optimizer: Optimizer) -> None:
         ops.masked_decay_([on for on, _ in pairs], [block for _, block in pairs], factor)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # where the step is compiled, Dynamo would trace into it
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     waiting, _deferred[:] = list(_deferred), []  # taken first: a caught error must not come again at the next step
     for counts in waiting:
@@ -105,6 +106,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     return (args[0], wrapped, *args[2:]), kwargs
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     stepped: list[SparseWeight] = _stepping.pop(optimizer, [])
     if not stepped:

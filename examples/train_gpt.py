@@ -245,10 +245,15 @@ def train(trainer: Trainer, checkpoint: Path, interrupt: Interrupt) -> bool:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Written beside it and renamed: an interrupted write leaves the checkpoint before it whole."""
+    """Written beside it and renamed: an interrupted or failed write leaves the checkpoint before it whole."""
     temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk by the latter
+        temporary.unlink(missing_ok=True)
+        kept = f"{path} still holds the one before" if path.exists() else "there is none before it"
+        raise SystemExit(f"the checkpoint of step {state['step']} could not be written ({error}); {kept}") from error
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
@@ -258,7 +263,13 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 
 
 def load(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    state = torch.load(path, map_location=args.device, weights_only=True)
+    try:
+        state = torch.load(path, map_location=args.device, weights_only=True)
+    except Exception as error:  # what torch.load raises depends on where the file is damaged
+        raise SystemExit(
+            f"--resume: {path} cannot be read ({type(error).__name__}: {error}); put a whole one in its place, or "
+            "begin anew without --resume, which keeps this file as .old.pt"
+        ) from error
     now = comparable(args)
     changed = [f"{name} was {value}, is {now[name]}" for name, value in state["settings"].items() if now[name] != value]
     if changed:

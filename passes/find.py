@@ -13,7 +13,7 @@ from . import graph as g
 from .graph import LinearArgs, Region
 
 TILE = 64
-_FFN = ("up", "gate", "down")
+_FFN = ("up", "gate", "down", "experts")
 _ATTENTION = ("q", "k", "v", "kv", "qkv", "o")
 _PROJECTIONS = {1: ("qkv",), 2: ("q", "kv"), 3: ("q", "k", "v")}
 
@@ -23,7 +23,8 @@ class Linear:
     """One linear layer of a graph.
 
     name: the weight's name. weight: the whole graph's placeholder it comes in by. path, node: where it stands
-    (`Region`). role: up, gate, down; q, k, v (kv, qkv where they are one), o; linear for any other. x: its input's
+    (`Region`). role: up, gate, down; experts (a stack of them); q, k, v (kv, qkv where they are one), o; linear for any
+    other. x: its input's
     node, so that linears of one path, x and family may become one matmul. tokens: rows of its input, as far as known
     when compiled. dtype: what it computes in (autocast included). reason: None, or why it stays dense. wanted: the
     recipe asks for it, so that a reason is worth a warning. wgrad: how `rewrite` takes its weight gradient.
@@ -68,10 +69,55 @@ def find_linears(
             reason = _unwanted(linear, layers, skip)
             wanted = reason is None
             if weight is None:
+                if g.origin(args.weight) is not None:
+                    continue  # a piece of a parameter: `_hidden` lists the parameter, once
                 reason = reason or "its weight is computed, not a parameter"
             else:
                 reason = reason or _unfit(linear, uses[weight]) or ineligible(weight.name)
             found.append(replace(linear, reason=reason, wanted=wanted))
+        found += _hidden(region, roles, {linear.weight for linear in found}, layers, skip)
+    return found
+
+
+def _hidden(
+    region: Region, roles: dict[Node, str], known: set[str], layers: str | Sequence[str], skip: Sequence[str]
+) -> list[Linear]:
+    """Parameters that are not the weight of one linear: stacks of experts, weights cut in pieces, opaque attention.
+
+    None can be sparse; each is listed, so that its reason can be read.
+    """
+    found: list[Linear] = []
+    for node in region.module.graph.nodes:
+        source, example = region.source(node), g.value(node)
+        if source is None or example is None or example.dim() < 2 or source.name in known:
+            continue
+        product = g.product_of(node) if g.is_parameter(source) else None
+        if product is None:
+            continue
+        role, reason = roles.get(product, "linear"), f"{g.op_name(product)} multiplies it, need a linear layer"
+        if example.dim() > 2:  # experts: part of a feed-forward layer, as far as one can tell
+            stack = " x ".join(str(size) for size in example.shape[:-2])
+            role, reason = (
+                "experts",
+                f"it is a stack of {stack} matrices (experts), need one matrix for each linear layer",
+            )
+        elif g.linear_args(product) is not None:
+            reason = "it is cut or moved before it is multiplied, need it whole"
+        linear = Linear(
+            name=g.source_name(source),
+            weight=source.name,
+            path=region.path,
+            node=product.name,
+            x="",
+            role=role,
+            in_features=int(example.shape[-1]),
+            out_features=int(example.shape[-2]),
+            tokens=0,
+            dtype=example.dtype,
+            transposed=False,
+        )
+        unwanted = _unwanted(linear, layers, skip)
+        found.append(replace(linear, reason=unwanted or reason, wanted=unwanted is None))
     return found
 
 

@@ -1,5 +1,6 @@
 """What the passes ask of a Dynamo graph: its regions, what a node is, where a placeholder comes from."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,6 +57,25 @@ class Region:
         return inner
 
 
+def copy_of(gm: GraphModule) -> GraphModule:
+    """A copy on the same tensors (an optimizer's graph holds its parameters), whose placeholders know their sources.
+
+    fx's own copy has tensors of its own, and forgets sources.
+    """
+    tensors = {
+        id(t): t
+        for module in gm.modules()
+        for t in (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        if isinstance(t, torch.Tensor)
+    }
+    copied = copy.deepcopy(gm, tensors)
+    for old, new in zip(gm.graph.find_nodes(op="placeholder"), copied.graph.find_nodes(op="placeholder"), strict=True):
+        source = getattr(old, "_dynamo_source", None)
+        if source is not None:
+            new._dynamo_source = source
+    return copied
+
+
 def regions(gm: GraphModule) -> list[Region]:
     """The whole graph first, then the bodies of its activation checkpoints; a body that is called twice is left out."""
     found = [Region(gm)]
@@ -93,6 +113,12 @@ def source_name(placeholder: Node) -> str:
     return ".".join(parts) or str(placeholder.target)
 
 
+def is_parameter(placeholder: Node) -> bool:
+    """Whether a placeholder of the whole graph is a parameter of a module, by Dynamo's source."""
+    name = getattr(getattr(placeholder, "_dynamo_source", None), "name", "")
+    return "_parameters[" in (name() if callable(name) else name)
+
+
 def value(node: Node) -> torch.Tensor | None:
     """Dynamo's fake tensor of a node, None where it is not a tensor."""
     example = node.meta.get("example_value")
@@ -121,6 +147,7 @@ _CREATION = {
 }  # fmt: skip
 _CAST = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "_to_copy"}
 _PRODUCT = {"matmul", "bmm", "einsum", "baddbmm"}
+_MOVES = {"expand", "transpose", "permute", "t", "mT", "select", "index", "index_select"}
 _DROPOUT = {"dropout", "alpha_dropout", "feature_alpha_dropout"}
 _LINEAR = {torch._C._nn.linear, torch.ops.aten.linear.default, torch.ops.aten.linear}
 _ADDMM = {torch.addmm, torch.ops.aten.addmm.default, torch.ops.aten.addmm}
@@ -215,6 +242,40 @@ def linear_args(node: Node) -> LinearArgs | None:
     if not isinstance(x, Node) or not isinstance(weight, Node) or not isinstance(bias, Node | None):
         return None
     return LinearArgs(x, weight, bias, transposed)
+
+
+def product_of(weight: Node) -> Node | None:
+    """The matrix product that takes `weight` as its second factor, moved or indexed at most; None where there is none.
+
+    A product that takes it first, or an elementwise one, makes it data (a learned query, a scale) and not a layer.
+    """
+    queue = [weight]
+    for node in queue:  # grows while it is walked
+        for user in node.users:
+            name = op_name(user)
+            linear = linear_args(user)
+            if linear is not None:
+                if linear.weight is node:
+                    return user
+            elif name in _PRODUCT | {"mm", "addmm"} or "grouped_mm" in name or name == "multi_head_attention_forward":
+                if name in ("einsum", "multi_head_attention_forward") or node in user.args[1:]:
+                    return user
+            elif user not in queue and (is_shape(user) or name in _MOVES) and user.args and user.args[0] is node:
+                queue.append(user)
+    return None
+
+
+def origin(weight: Node) -> Node | None:
+    """The placeholder that `weight` is a moved, cut or indexed form of; None where it is computed, or is one itself."""
+    node = weight
+    while node.op != "placeholder":
+        if not (is_shape(node) and not is_cast(node) or op_name(node) in _MOVES) or not node.args:
+            return None
+        source = node.args[0]
+        if not isinstance(source, Node):
+            return None
+        node = source
+    return node if node is not weight else None
 
 
 def walk_back(start: Node) -> Iterator[Node]:

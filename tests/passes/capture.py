@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 from sparse24.kernels import layout, reference
 from sparse24.kernels.linear import sparse_linear, sparse_linear_glu
 from sparse24.passes.find import Linear, find_linears
-from sparse24.passes.graph import linear_args, regions
+from sparse24.passes.graph import copy_of, linear_args, regions
 from sparse24.passes.rewrite import Group, rewrite
+from sparse24.passes.tidy import tidy
 
 D, FF = 64, 128
 
@@ -72,7 +73,7 @@ def tokens(*shape: int, features: int = D) -> Tensor:
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph as Dynamo made it, its linears, and the rewritten copy with its groups and the masks it runs with.
+    """A graph as Dynamo made it, tidied, its linears, and the rewritten copy with its groups and masks.
 
     args: what the rewritten graph was called with last, operands included.
     """
@@ -119,6 +120,7 @@ class Backend:
         self.captured: list[Captured] = []
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        gm = tidy(copy_of(gm))
         linears = find_linears(gm, **self.find)
         rewritten = copy.deepcopy(gm)
         sites = [replace(s, wgrad=self.wgrad) for s in linears if s.reason is None and self.choose(s)]

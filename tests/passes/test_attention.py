@@ -266,21 +266,80 @@ def test_every_linear_is_in_the_result_exactly_once() -> None:
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_torchs_encoder_layer(norm_first: bool) -> None:
-    """Its attention is one node in Dynamo's graph and stays as it is; the feed-forward layer is found."""
-    layer = nn.TransformerEncoderLayer(D, HEADS, 128, activation="gelu", batch_first=True, norm_first=norm_first)
+    """Its attention is one node in Dynamo's graph, opened for its projections."""
+    layer = nn.TransformerEncoderLayer(D, HEADS, 128, 0.0, activation="gelu", batch_first=True, norm_first=norm_first)
     captured = assert_equals_masked(layer, tokens(), layers="all")
-    assert roles(captured) == {"linear1": "up", "linear2": "down"}
-    assert captured.kinds == ["gelu", None]
+    attention = {"self_attn.in_proj_weight": "qkv", "self_attn.out_proj": "o"}
+    assert roles(captured) == {**attention, "linear1": "up", "linear2": "down"}
+    assert captured.kinds == [None, None, "gelu", None]
+    left = reasons(capture(layer, tokens()))
+    assert {n for n, reason in left.items() if reason == "not part of a feed-forward layer"} == set(attention)
 
 
-def test_block_around_torchs_attention() -> None:
+def around_attention(*args: Any, **kwargs: Any) -> Net:
+    """A block whose attention is an nn.MultiheadAttention, called with these arguments after the input."""
+
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.norm(x)
-        x = x + m.attn(h, h, h)[0]
-        return x + m.mlp(m.norm(x))
+        others = (h if isinstance(arg, str) else arg.to(h.dtype) for arg in args)  # "same"
+        masks = {k: v.to(h.dtype) if isinstance(v, Tensor) and v.dtype != torch.bool else v for k, v in kwargs.items()}
+        y, scores = m.attn(h, *others, **masks)
+        x = x + y
+        return m.mlp(m.norm(x)) + (0 if scores is None else scores.mean())
 
-    model = Net(forward, norm=nn.LayerNorm(D), attn=nn.MultiheadAttention(D, HEADS, batch_first=True), mlp=ffn(F.relu))
-    captured = assert_equals_masked(model, tokens())
+    return Net(forward, norm=nn.LayerNorm(D), attn=nn.MultiheadAttention(D, HEADS, batch_first=True), mlp=ffn(F.relu))
+
+
+BOOL = torch.ones(7, 7, dtype=torch.bool).triu(1)
+PADDING = torch.arange(7) >= torch.tensor([[7], [5], [6]])
+MASKS = {
+    "none": {},
+    "bool": {"attn_mask": BOOL},
+    "float": {"attn_mask": torch.zeros(7, 7).masked_fill(BOOL, float("-inf"))},
+    "per head": {"attn_mask": BOOL.repeat(3 * HEADS, 1, 1)},
+    "causal": {"attn_mask": BOOL, "is_causal": True},
+    "padding": {"key_padding_mask": PADDING},
+    "both": {"key_padding_mask": PADDING, "attn_mask": BOOL},
+    "causal and padding": {"key_padding_mask": PADDING, "attn_mask": BOOL, "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("need_weights", [True, False, "each"])
+@pytest.mark.parametrize("masks", MASKS)
+def test_torchs_attention_under_masks(masks: str, need_weights: bool | str) -> None:
+    each = need_weights == "each"
+    options = {**MASKS[masks], "need_weights": bool(need_weights), "average_attn_weights": not each}
+    captured = assert_equals_masked(around_attention("same", "same", **options), tokens(3, 7), layers="all")
+    assert roles(captured) == {
+        "attn.in_proj_weight": "qkv",
+        "attn.out_proj": "o",
+        "mlp.up": "up",
+        "mlp.down": "down",
+    }
+
+
+def test_torchs_cross_attention_has_one_input_projection_for_two_inputs() -> None:
+    memory = tokens(3, 5)
+    captured = assert_equals_masked(around_attention(memory, memory), tokens(3, 7), layers="all")
+    assert roles(captured) == {"attn.out_proj": "o", "mlp.up": "up", "mlp.down": "down"}
+    assert reasons(captured)["attn.in_proj_weight"] == "it is cut or moved before it is multiplied, need it whole"
+    assert [s.name for s in captured.linears].count("attn.in_proj_weight") == 1
+
+
+def test_torchs_attention_of_other_forms_stays_closed() -> None:
+    """Three different inputs: no projection can be taken out; each weight has its reason."""
+    captured = assert_equals_masked(around_attention(tokens(3, 5), tokens(3, 5)), tokens(3, 7), layers="all")
+    assert roles(captured) == {"mlp.up": "up", "mlp.down": "down"}
+    assert {"attn.in_proj_weight", "attn.out_proj"} < reasons(captured).keys()
+
+
+def test_torchs_attention_draws_the_dropout_of_torch() -> None:
+    layer = nn.TransformerEncoderLayer(D, HEADS, 128, dropout=0.25, batch_first=True)
+    assert_equals_masked(layer, tokens(), layers="all")
+
+
+def test_torchs_attention_without_a_batch_stays_closed() -> None:
+    captured = assert_equals_masked(around_attention("same", "same"), tokens(7), layers="all")
     assert roles(captured) == {"mlp.up": "up", "mlp.down": "down"}
 
 

@@ -2,6 +2,8 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -300,3 +302,53 @@ def test_layers_in_different_graphs() -> None:
 
     first, second = capture_all(Net(forward, a=ffn(F.gelu), b=ffn(F.gelu)), tokens())
     assert reasons(first) == {"a.up": None, "a.down": None} and reasons(second) == {"b.up": None, "b.down": None}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        lambda x: x.view(-1, x.size(-1)),
+        lambda x: x.reshape(-1, D),
+        lambda x: x.type_as(x),
+        lambda x: x.flatten(0, 1),
+    ],
+    ids=["view", "reshape", "cast", "flatten"],
+)
+def test_gate_and_up_that_each_reshape_their_input(shaped: Callable[[Tensor], Tensor], dynamic: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.norm(x)
+        return m.down(F.silu(m.gate(shaped(h))) * m.up(shaped(h)))
+
+    model = gated(lambda gate, up: gate)
+    model.run, model.norm = forward, nn.LayerNorm(D)
+    captured = assert_equals_masked(model, tokens(), dynamic=dynamic)
+    assert roles(captured) == {"gate": "gate", "up": "up", "down": "down"} and captured.kinds == ["swiglu", None]
+
+
+def test_copies_before_and_after_a_change_in_place_are_two() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.norm(x).transpose(0, 1)
+        gate = m.gate(h.reshape(-1, D))
+        h.mul_(2.0)
+        return m.down(F.silu(gate) * m.up(h.reshape(-1, D)))
+
+    model = gated(lambda gate, up: gate)
+    model.run, model.norm = forward, nn.LayerNorm(D)
+    assert roles(capture(model, tokens())) == {}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "in_place", [torch.relu_, lambda h: F.relu(h, inplace=True), lambda h: F.silu(h, inplace=True)]
+)
+def test_activation_in_place_whose_result_is_ignored(in_place: Callable[[Tensor], Tensor], dynamic: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.up(x)
+        in_place(h)
+        return m.down(h)
+
+    model = ffn(F.relu)
+    model.run = forward
+    captured = assert_equals_masked(model, tokens(), dynamic=dynamic)
+    assert roles(captured) == {"up": "up", "down": "down"}

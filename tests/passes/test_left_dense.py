@@ -84,7 +84,7 @@ def test_addmm_with_factors_is_no_linear() -> None:
     """beta scales the bias, alpha the product: neither is what a sparse linear computes."""
     model = Net(lambda m, x: torch.addmm(m.bias, F.gelu(m.up(x)), m.weight, beta=0.5, alpha=2.0), up=nn.Linear(D, FF))
     model.bias, model.weight = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(FF, D))
-    assert reasons(capture(model, tokens(8))) == {"up": NOT_FFN}
+    assert reasons(capture(model, tokens(8))) == {"up": NOT_FFN, "weight": NOT_FFN}
 
 
 def test_residual_without_a_norm_between_layers() -> None:
@@ -120,6 +120,21 @@ def test_weight_used_twice_by_one_operation() -> None:
     model = Net(lambda m, x: m.down(F.gelu(m.up(x))) + (m.up.weight * m.up.weight).sum(), up=nn.Linear(D, FF))
     model.down = nn.Linear(FF, D)
     assert reasons(capture(model, tokens())) == {"up": "its weight is used 3 times (tied or shared)", "down": None}
+
+
+def test_a_stack_of_experts_is_listed_with_its_reason() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.bmm(F.silu(torch.bmm(x, m.up.transpose(1, 2))), m.down[:4]) * m.scale + m.query @ x.transpose(1, 2)
+
+    up, down, scale, query = torch.randn(4, FF, D), torch.randn(4, FF, D), torch.randn(4, 1, D), torch.randn(4, D, D)
+    model = Net(
+        forward, **{k: nn.Parameter(t) for k, t in {"up": up, "down": down, "scale": scale, "query": query}.items()}
+    )
+    captured = capture(model, tokens(4, D))
+    stack = "it is a stack of 4 matrices (experts), need one matrix for each linear layer"
+    assert reasons(captured) == {"up": stack, "down": stack}, "scales and queries are no layers"
+    assert all(s.wanted for s in captured.linears)
+    assert reasons(capture(model, tokens(4, D), skip=["down"])) == {"up": stack, "down": "skip names it"}
 
 
 def test_weight_that_is_computed() -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse24.kernels.linear import sparse_linear, sparse_linear_glu
 from sparse24.passes.find import find_linears
-from sparse24.passes.graph import op_name, regions
+from sparse24.passes.graph import copy_of, op_name, regions
 from sparse24.passes.rewrite import SEEDS, operand_names, rewrite
 
 from .capture import (
@@ -309,3 +309,24 @@ def test_activation_in_place_without_a_fused_form() -> None:
 def test_one_part_of_a_merged_matmul_modified_in_place() -> None:
     captured = assert_equals_masked(gated(lambda gate, up: up.mul_(torch.tanh(gate))), tokens())
     assert len(captured.groups) == 2
+
+
+def test_a_copy_works_on_the_tensors_of_the_original() -> None:
+    """A compiled optimizer step holds its parameters as attributes of the graph: a copy of them would be updated."""
+    held = torch.zeros(3)
+
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain, self.parameter = held, nn.Parameter(torch.zeros(3))
+            self.register_buffer("buffer", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.plain.add_(x), self.parameter.add_(x), self.buffer.add_(x)
+            return x
+
+    gm = torch.fx.symbolic_trace(Holds())
+    with torch.no_grad():
+        copy_of(gm)(torch.ones(3))
+    attributes = [node.target for node in gm.graph.find_nodes(op="get_attr")]
+    assert len(attributes) == 3 and all(torch.equal(getattr(gm, name), torch.ones(3)) for name in attributes)
