@@ -175,7 +175,7 @@ def prune_and_store(
     store_nibbles(metadata, tl.trans(nibbles), f0, t0 // 4, features, tokens, ORDER, BF, G)
 
 
-def launch(kernel: Any, grid: tuple[int, int], device: torch.device, *args: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
     """Run `kernel` on `device` (Triton itself launches on the current one); an empty grid is no launch."""
     if 0 in grid:
         return

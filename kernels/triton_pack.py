@@ -183,7 +183,7 @@ def pack_weights_kernel(
     metadata, metadata_t = metadata_of(packed, rows, cols), metadata_of(packed_t, cols, rows)
     r0 = tile_row * T
     r = r0 + 4 * tl.arange(0, G)
-    flips, nans = 0, 0
+    flips, nans = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     for tile in range(first, last):
         c0 = tile * T
         at = w + r.to(tl.int64)[:, None] * stride_r + (c0 + tl.arange(0, T)).to(tl.int64)[None, :] * stride_c
@@ -326,7 +326,7 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
     """Twin of `reference.pack_weights_`, which defines it. The mask in `packed` is the one that counts."""
     device = blocks[0].packed.device
     stats = torch.zeros(len(blocks), 2, dtype=torch.int64, device=device)
-    launches: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
+    launches: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
     for i, block in enumerate(blocks):
         _check_block(block, layout.metadata_order(device))
         check_matrix(block.cols, block.rows, layout.metadata_order(device))
@@ -341,7 +341,7 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
 
 def masked_decay_(grads: Sequence[Tensor], blocks: Sequence[Block], decay: float) -> None:
     """Twin of `reference.masked_decay_`, which defines it. Gradients and weights may have any strides."""
-    launches: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
+    launches: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
     device = blocks[0].packed.device
     for grad, block in zip(grads, blocks, strict=True):
         _check_block(block, layout.metadata_order(device))
