@@ -60,7 +60,8 @@ def sparse24(
     recipe = Recipe.from_options(options)
     if any(isinstance(x, FakeTensor) for x in example_inputs):
         return _compile_inner(gm, example_inputs, recipe, mode)  # traced without data: there are no weights to pack
-    return SparseGraph(gm, example_inputs, recipe, mode)
+    graph = SparseGraph(gm, example_inputs, recipe, mode)
+    return graph if graph.sites else graph.dense
 
 
 class SparseGraph:
@@ -118,6 +119,13 @@ class SparseGraph:
             log.exception("sparse24: could not group the linears of a graph; each is measured by itself")
             return {linear: linear.out_features for linear in wanted}
         return {linear: sum(m.out_features for m in group.linears) for group in groups for linear in group.linears}
+
+    @property
+    def dense(self) -> Compiled:
+        """The graph as it came, compiled: what a graph without a sparse layer is replaced by."""
+        compiled = self.variants[0].compiled
+        assert compiled is not None
+        return compiled
 
     def __call__(self, *args: Any) -> Any:
         known = self._weights(args)

@@ -158,12 +158,13 @@ def test_model_moved_to_the_gpu_mid_run_keeps_its_masks() -> None:
 def test_cuda_graphs_give_the_losses_of_a_run_without_them() -> None:
     """Packed operands keep their addresses from step to step; refreshes and the dense phase are seen by the graphs."""
 
-    def losses(**how: str) -> list[float]:
+    def losses(graphs: bool) -> list[float]:
         torch._dynamo.reset()
         torch.manual_seed(0)
         model = Stack(MLP(D, 1024), SwiGLU(D, 704), d=D).cuda().bfloat16()
         options = {"when": "always", "wgrad": "dense", "refresh_every": 3, "dense_after": 8}
-        run = torch.compile(model, backend="sparse24", options=options, fullgraph=True, **how)
+        options["inductor"] = {"triton.cudagraphs": graphs}
+        run = torch.compile(model, backend="sparse24", options=options, fullgraph=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
         data, found = torch.Generator().manual_seed(1), []
         for _ in range(12):
@@ -174,9 +175,9 @@ def test_cuda_graphs_give_the_losses_of_a_run_without_them() -> None:
             optimizer.step()
             optimizer.zero_grad()
             found.append(loss.item())
-        assert sparse24.session(model).step == 8 and sparse24.session(model).phase == "dense"
+        assert sparse24.session(model).phase == "dense"
         return found
 
-    with_graphs, without = losses(mode="reduce-overhead"), losses()
+    with_graphs, without = losses(True), losses(False)
     assert with_graphs == pytest.approx(without, rel=2e-2)
     assert with_graphs[-1] < 0.8 * with_graphs[0]
