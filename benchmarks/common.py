@@ -8,6 +8,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,37 @@ def save(path: Path, payload: dict[str, Any]) -> None:
         file.write("\n")
     os.replace(file.name, path)
     print(f"wrote {path}")
+
+
+def timed(run: Callable[[], Any], n: int) -> float:
+    """ms a call over n calls, by events on the GPU, or by the clock where there is none."""
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        for _ in range(n):
+            run()
+        return (time.perf_counter() - began) / n * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(n):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / n
+
+
+def in_turns(runs: Mapping[str, Callable[[], Any]], turns: int, n: int, warm_s: float = 2.0) -> dict[str, list[float]]:
+    """ms a call of each, `turns` times n calls in turns after `warm_s` seconds of load: the clock follows the load."""
+    began = time.perf_counter()
+    while True:
+        for run in runs.values():
+            timed(run, 1)
+        if time.perf_counter() - began > warm_s:
+            break
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            times[name].append(timed(run, n))
+    return times
 
 
 def percentiles(times: list[float]) -> dict[str, float]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common import environment, parser, percentiles, save
+from common import environment, parser, percentiles, save, timed
 from torch import Tensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS: dict[str, dict[str, Any]] = {
     "llama3-8b-width": {
         "d": 4096,
@@ -110,10 +111,10 @@ class Run:
         shape = {"gated": False, "causal": True, "vocab": 32000, "kv": shape["heads"], **shape}
         self.batch, self.seq, self.vocab = shape.pop("batch"), shape.pop("seq"), shape["vocab"]
         torch.manual_seed(0)
-        self.model = Transformer(**shape).cuda().bfloat16()
+        self.model = Transformer(**shape).to(DEVICE, torch.bfloat16)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.compiled = torch.compile(self.model, **compile_options)
-        self.data = torch.randint(self.vocab, (self.batch, self.seq), device="cuda")
+        self.data = torch.randint(self.vocab, (self.batch, self.seq), device=DEVICE)
 
     def micro(self) -> Tensor:
         loss = self.compiled(self.data, self.data.roll(-1, 1))
@@ -125,17 +126,6 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
-
-
-def timed(function: Any, n: int) -> float:
-    """ms a call, over n calls."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(n):
-        function()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / n
 
 
 def peak(run: Run) -> float:
@@ -203,7 +193,7 @@ def compare(name: str, layers: str, options: dict[str, Any], with_profile: bool)
         "micro": {key: percentiles(values) for key, values in micro.items()},
         "first_step_s": seconds,
         "peak_gib_above_resident": {"dense": peak(dense), "sparse": peak(sparse)},
-        "resident_gib": session.memory(),
+        "resident_gib": {kind: n / 2**30 for kind, n in session.memory().items()},
         "sparse_weights": sum(w.reason_skipped is None for w in session.weights.values()),
         "dense_reasons": sorted({w.reason_skipped for w in session.weights.values() if w.reason_skipped}),
         "flip_rate": session.flip_rate(),

@@ -1,0 +1,89 @@
+"""The three matmuls of a linear layer, dense and sparse, beside what stock PyTorch offers.
+
+forward  [T, K] by W^T       wgrad  dY^T by X        dgrad is a forward with K and F exchanged
+sparse24: the chosen provider. cslt: `torch._cslt_sparse_mm`. semi_structured: `torch.sparse.to_sparse_semi_structured`,
+forward only. What packing costs is not in here (pack.py). Sustained: in turns after two warm seconds; cold: the median
+of single calls with 20 ms of rest before each. "of peak" holds the rate against the data sheet's for dense bf16,
+989 TFLOP/s; a sparse matmul counts the operations of the dense one, so its bound is 2.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import environment, in_turns, parser, percentiles, save, timed
+
+from sparse24.kernels import choice, layout, ops, reference
+from sparse24.kernels.providers import Problem
+
+PEAK = 989e12
+#: in_features, out_features
+SHAPES = [(768, 3072), (1024, 4096), (1280, 5120), (1600, 6400), (2048, 8192), (4096, 14336), (4096, 28672)]
+
+
+def cold(run: Callable[[], Any], n: int = 7) -> float:
+    times = []
+    for _ in range(n):
+        time.sleep(0.02)
+        times.append(timed(run, 1))
+    return sorted(times)[n // 2]
+
+
+def forward(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str, Callable[[], Any]]]:
+    w = torch.randn(f, k, device=device).bfloat16()
+    x = torch.randn(tokens, k, device=device).bfloat16()
+    masked = w * reference.best_mask(w)
+    order = layout.metadata_order(x.device)
+    packed = layout.pack(w, reference.best_mask(w), order)
+    runs: dict[str, Callable[[], Any]] = {"dense": lambda: x @ masked.t(), "sparse24": lambda: ops.spmm(packed, x, f)}
+    if device == "cuda":
+        compressed = torch._cslt_compress(masked)
+        runs["cslt"] = lambda: torch._cslt_sparse_mm(compressed, x.t(), transpose_result=True)
+        semi = torch.sparse.to_sparse_semi_structured(masked)
+        runs["semi_structured"] = lambda: torch.nn.functional.linear(x, semi)
+    return Problem("spmm", f, k, tokens, x.dtype, x.device), runs
+
+
+def wgrad(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str, Callable[[], Any]]]:
+    dy = torch.randn(tokens, f, device=device).bfloat16()
+    x = torch.randn(tokens, k, device=device).bfloat16()
+    packed = ops.pack_gradient(dy, torch.zeros(1, dtype=torch.int64, device=device), 0)
+    runs: dict[str, Callable[[], Any]] = {"dense": lambda: dy.t() @ x, "sparse24": lambda: ops.wgrad(packed, x, f)}
+    if device == "cuda":
+        compressed = packed.view(f, -1)
+        runs["cslt"] = lambda: torch._cslt_sparse_mm(compressed, x)
+    return Problem("wgrad", f, reference.padded(tokens), k, x.dtype, x.device), runs
+
+
+def main() -> None:
+    p = parser(__doc__, "gemm.json")
+    p.add_argument("--tokens", type=int, default=16384, help="tokens of the inputs")
+    p.add_argument("--tiny", action="store_true", help="one small shape, to try the script on a CPU")
+    args = p.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: list[dict[str, Any]] = []
+    print(environment())
+    print(f"{'K':>6s} {'F':>6s} {'matmul':8s} {'with':16s} {'ms':>8s} {'ratio':>6s} {'of peak':>8s} {'cold ms':>8s}")
+    for k, f in [(128, 256)] if args.tiny else SHAPES:
+        tokens = 128 if args.tiny else args.tokens
+        for name, make in (("forward", forward), ("wgrad", wgrad), ("dgrad", forward)):
+            problem, runs = make(*((f, k) if name == "dgrad" else (k, f)), tokens, device)
+            chosen = choice.choose(problem)
+            times = in_turns(runs, 5, 2 if args.tiny else 20, 0.0 if args.tiny else 2.0)
+            dense = percentiles(times["dense"])["p50"]
+            for provider, run in runs.items():
+                ms = percentiles(times[provider])
+                share = 2 * tokens * k * f / ms["p50"] * 1e3 / PEAK
+                row = {"k": k, "f": f, "tokens": tokens, "matmul": name, "with": provider, "ms": ms}
+                row |= {"ratio": dense / ms["p50"], "of_peak": share, "cold_ms": cold(run)}
+                if provider == "sparse24":
+                    row |= {"provider": chosen.provider, "algorithm": chosen.algorithm}
+                rows.append(row)
+                numbers = f"{ms['p50']:8.4f} {row['ratio']:6.2f} {share:8.2f} {row['cold_ms']:8.4f}"
+                print(f"{k:6d} {f:6d} {name:8s} {provider:16s} {numbers}", flush=True)
+            save(args.out, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
