@@ -4,8 +4,10 @@ backend="sparse24").
 
 from .compiler.backend import sparse24 as backend
 from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateError
+from .compiler.export import prune, save_safetensors
 from .compiler.recipe import Recipe
 from .compiler.session import Session, session
+from .compiler.verify import Verification, verify
 from .compiler.weights import SparseWeight
 
 __version__ = "0.1.0"
@@ -17,6 +19,10 @@ __all__ = [
     "SkippedError",
     "SparseWeight",
     "StateError",
+    "Verification",
     "backend",
+    "prune",
+    "save_safetensors",
     "session",
+    "verify",
 ]
