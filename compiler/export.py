@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from .errors import StateError
-from .session import session
+from .session import Session, session
 from .verify import METADATA_KEY, verify
 from .weights import SparseWeight
 
@@ -37,7 +37,7 @@ def prune(model: nn.Module, masks: str = "current") -> nn.Module:
     masks="last"), no layer that was ever sparse, no mask yet; ValueError for another value of `masks`; TypeError for
     what is not an nn.Module.
     """
-    return _pruned(model, masks)[0]
+    return pruned(session(model), masks)[0]
 
 
 def save_safetensors(model: nn.Module, path: str | os.PathLike[str], masks: str = "current") -> None:
@@ -52,7 +52,7 @@ def save_safetensors(model: nn.Module, path: str | os.PathLike[str], masks: str 
     """
     from safetensors.torch import save_model
 
-    plain, dims = _pruned(model, masks)
+    plain, dims = pruned(session(model), masks)
     entry = json.dumps({"format": 1, "two_four": {name: list(d) for name, d in dims.items()}})
 
     def write(temporary: str) -> None:
@@ -76,14 +76,13 @@ def replace(path: str | os.PathLike[str], write: Callable[[str], None], suffix: 
         Path(temporary).unlink(missing_ok=True)
 
 
-def _pruned(model: nn.Module, masks: str) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
+def pruned(held: Session, masks: str) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
     """The pruned copy, and of each weight that was made 2:4 its name in the copy and the dimensions to list."""
     if masks not in ("current", "last"):
         raise ValueError(f'sparse24: found masks={masks!r}, need "current" or "last"')
-    held = session(model)
     chosen = _chosen(held.weights, masks)
     memo: dict[int, Any] = {}
-    plain = _plain_copy(held.model, memo)
+    plain = plain_copy(held.model, memo)
     owners = {id(p): m for m in plain.modules() for p in m.parameters(recurse=False)}
     names = {id(p): name for name, p in plain.named_parameters()}
     dims = {}
@@ -125,7 +124,7 @@ def _chosen(weights: dict[str, SparseWeight], masks: str) -> list[tuple[SparseWe
     return chosen
 
 
-def _plain_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def plain_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy without compiled wrappers; `memo` maps id(original) to its copy."""
     for module in reversed(list(model.modules())):  # children first: a wrapper is replaced by a copy of what it wraps
         if isinstance(module, OptimizedModule):

@@ -2,13 +2,18 @@
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 #: The entry of a safetensors file's metadata that lists its 2:4 tensors.
 METADATA_KEY = "sparse24"
+#: Nodes between a stored tensor and a product that keep its zeros where they are, or swap its axes.
+_FOLLOWED = ("Transpose", "Cast", "Identity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +75,22 @@ class Verification:
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
-    """Which matrices of a .safetensors file are 2:4, and along which dimension.
+    """Which matrices of a .safetensors or .onnx file are 2:4, and along which dimension.
 
-    A matrix is a tensor of two dimensions of any numeric dtype; tensors are read one after the other. Raises
-    FileNotFoundError, ValueError for another kind of file, and ImportError where safetensors is not installed.
+    A matrix is a tensor of two dimensions of any numeric dtype; tensors are read one after the other. In an ONNX model
+    these are initializers and constants, with external data or without, and a MatMul or Gemm that reads one, through
+    Transpose, Cast and Identity too, tells the dimension it is reduced over; dimensions are those of the tensor as
+    stored. Raises FileNotFoundError, ValueError for another kind of file, and ImportError where safetensors or onnx is
+    not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"sparse24: found no file {path}")
     if path.suffix == ".safetensors":
         return _verify_safetensors(path)
-    raise ValueError(f"sparse24: found {path.name}, need a .safetensors file")
+    if path.suffix == ".onnx":
+        return _verify_onnx(path)
+    raise ValueError(f"sparse24: found {path.name}, need a .safetensors or .onnx file")
 
 
 def _verify_safetensors(path: Path) -> Verification:
@@ -90,11 +100,64 @@ def _verify_safetensors(path: Path) -> Verification:
         entry = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
         listed = {name: tuple(dims) for name, dims in entry.get("two_four", {}).items()}
         matrices = []
-        for name in file.keys():  # noqa: SIM118: not a mapping
+        for name in file.keys():  # noqa: SIM118 (the file is no mapping)
             if len(file.get_slice(name).get_shape()) == 2:
                 matrices.append(measure(name, _nonzero(file.get_tensor(name)), listed.get(name, ())))
     good = {m.name for m in matrices if m.two_four}
     return Verification(str(path), tuple(matrices), tuple(name for name in listed if name not in good))
+
+
+def _verify_onnx(path: Path) -> Verification:
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+    graphs = list(_graphs(onnx.load(path, load_external_data=False).graph))
+    nodes = [node for graph in graphs for node in graph.node]
+    tensors = [(tensor.name, tensor) for graph in graphs for tensor in graph.initializer]
+    tensors += [(n.output[0], a.t) for n in nodes if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    reduced = _reduced(nodes)
+    matrices = []
+    for name, tensor in tensors:
+        if len(tensor.dims) == 2 and tensor.data_type != onnx.TensorProto.STRING:
+            external = uses_external_data(tensor)
+            if external:
+                load_external_data_for_tensor(tensor, str(path.parent))
+            nonzero = torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype(bool))
+            matrices.append(measure(name, nonzero, tuple(sorted(reduced.get(name, ())))))
+            if external:
+                tensor.ClearField("raw_data")
+    return Verification(str(path), tuple(matrices))
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """The graph and those in its nodes' attributes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield from _graphs(inner)
+
+
+def _reduced(nodes: Sequence[Any]) -> dict[str, set[int]]:
+    """Of each tensor that is a matrix operand of MatMul or Gemm: the dimensions of it, as stored, that are reduced."""
+    producers = {output: node for node in nodes for output in node.output}
+    found: dict[str, set[int]] = {}
+    for node in nodes:
+        if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
+            continue
+        flags = {a.name: a.i for a in node.attribute}
+        for name, dim in zip(node.input, (1 - flags.get("transA", 0), flags.get("transB", 0)), strict=False):
+            while (producer := producers.get(name)) is not None and producer.op_type in (
+                "Transpose",
+                "Cast",
+                "Identity",
+            ):
+                name = producer.input[0]
+                perm = next((list(a.ints) for a in producer.attribute if a.name == "perm"), [1, 0])
+                if producer.op_type == "Transpose" and perm == [1, 0]:
+                    dim = 1 - dim
+            found.setdefault(name, set()).add(dim)
+    return found
 
 
 def _nonzero(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ backend="sparse24").
 from .compiler.backend import sparse24 as backend
 from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateError
 from .compiler.export import prune, save_safetensors
+from .compiler.onnx import export_onnx
 from .compiler.recipe import Recipe
 from .compiler.session import Session, session
 from .compiler.verify import Verification, verify
@@ -21,6 +22,7 @@ __all__ = [
     "StateError",
     "Verification",
     "backend",
+    "export_onnx",
     "prune",
     "save_safetensors",
     "session",
