@@ -112,3 +112,20 @@ def test_a_pruned_model_survives_transformers_own_format(tmp_path):
     assert torch.equal(logits(loaded, inputs), logits(plain, inputs))
     names = [n for n, w in sparse24.session(model).weights.items() if w.reason_skipped is None]
     assert set(names) == set(sparse24.verify(tmp_path / "model.safetensors").two_four)
+
+
+def test_a_pruned_timm_model_and_its_file_load_into_a_new_one(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed: loading a pruned model into it is NOT tested")
+    from safetensors.torch import load_file
+
+    model, _, inputs = trained("ViT (timm)")
+    plain = sparse24.prune(model).eval()
+    sparse24.save_safetensors(model, tmp_path / "m.safetensors")
+    assert type(plain) is type(model)
+    fresh = BY_NAME["ViT (timm)"].make()[0].eval()
+    fresh.load_state_dict(load_file(tmp_path / "m.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(fresh(**inputs), plain(**inputs))
+    timm.models.load_checkpoint(fresh, str(tmp_path / "m.safetensors"))  # timm's own way
+    names = [n for n, w in sparse24.session(model).weights.items() if w.reason_skipped is None]
+    assert set(names) == set(sparse24.verify(tmp_path / "m.safetensors").two_four)
