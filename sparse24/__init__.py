@@ -4,8 +4,11 @@ backend="sparse24").
 
 from .compiler.backend import sparse24 as backend
 from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateError
+from .compiler.export import prune, save_safetensors
+from .compiler.onnx import export_onnx
 from .compiler.recipe import Recipe
 from .compiler.session import Session, session
+from .compiler.verify import Verification, verify
 from .compiler.weights import SparseWeight
 
 __version__ = "0.1.0"
@@ -17,6 +20,11 @@ __all__ = [
     "SkippedError",
     "SparseWeight",
     "StateError",
+    "Verification",
     "backend",
+    "export_onnx",
+    "prune",
+    "save_safetensors",
     "session",
+    "verify",
 ]
