@@ -67,13 +67,13 @@ def save_safetensors(model: nn.Module, path: str | os.PathLike[str], masks: str 
 def replace(path: str | os.PathLike[str], write: Callable[[str], None], suffix: str) -> None:
     """Have `write` fill a temporary file beside `path`, and rename it: a failure leaves what was there before."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=suffix)
-    os.close(handle)
-    try:
-        write(temporary)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder, f"written{suffix}")
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(str(temporary))
+        temporary.chmod(mode)  # safetensors leaves files that their owner alone may read
         os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def pruned(held: Session, masks: str) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:

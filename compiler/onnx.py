@@ -88,8 +88,11 @@ def export_onnx(
                     f"sparse24: {name} is {what} in the ONNX file read back, need a MatMul or Gemm over a 2:4 axis; "
                     f"{path} was not written"
                 )
-        for file in sorted(Path(folder).iterdir(), key=lambda f: f == temporary):  # the model last
+        files = sorted(Path(folder).iterdir(), key=lambda f: f == temporary)  # the model last
+        for file in files:
             os.replace(file, path.parent / file.name)
+    if len(files) == 1:  # what an earlier, larger export left beside it
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
 
 
 def _two_four(model: nn.Module) -> list[str]:

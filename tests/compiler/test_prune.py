@@ -188,6 +188,14 @@ def test_a_refused_save_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_file_is_as_readable_as_any_other(tmp_path):
+    model, _ = trained()
+    sparse24.save_safetensors(model, tmp_path / "m.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "other"]
+
+
 def test_verify_reads_the_numbers_and_not_the_claim(tmp_path):
     w = torch.zeros(8, 8)
     w[:, ::2] = 1.0  # two of four along 1; all of four along 0 in every other column
