@@ -1,7 +1,7 @@
 """Forward and backward of one feed-forward layer over its width, dense and sparse, both compiled: the paper's table.
 
 bf16, 16384 tokens, hidden width 4 d (gelu) or 8/3 d (gated). The optimizer step with its repacking is not in here
-(step.py). "bound" is what the matmuls alone would gain at twice the rate: 2.
+(step.py). The matmuls alone would gain 2 at twice the rate.
 """
 
 import gc

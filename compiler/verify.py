@@ -147,11 +147,7 @@ def _reduced(nodes: Sequence[Any]) -> dict[str, set[int]]:
             continue
         flags = {a.name: a.i for a in node.attribute}
         for name, dim in zip(node.input, (1 - flags.get("transA", 0), flags.get("transB", 0)), strict=False):
-            while (producer := producers.get(name)) is not None and producer.op_type in (
-                "Transpose",
-                "Cast",
-                "Identity",
-            ):
+            while (producer := producers.get(name)) is not None and producer.op_type in _FOLLOWED:
                 name = producer.input[0]
                 perm = next((list(a.ints) for a in producer.attribute if a.name == "perm"), [1, 0])
                 if producer.op_type == "Transpose" and perm == [1, 0]:

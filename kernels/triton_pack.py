@@ -287,7 +287,7 @@ def _unit(x: Tensor) -> bool:
 
 @lru_cache(maxsize=256)  # the addresses are part of the key: what is stale is never found
 def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
-    """The table and the strips on the device."""
+    """The table and the strips on the device; made anew for each stream, which has to wait for their copy."""
     begin, table, count = 0, [], []
     for r, tiles, *fields in rows:
         table.append([begin, tiles, *fields])
