@@ -268,7 +268,18 @@ _STRIP = 4  # tiles of a program
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+def _check_device(x: Tensor, device: torch.device) -> None:
+    """The kernels take bare addresses: one of another device would end the process's use of the GPU."""
+    if x.device != device:
+        raise ValueError(
+            f"sparse24: found a weight or gradient on {x.device} and its packed form on {device}, need one device; "
+            "after moving a model, run a forward before the optimizer step"
+        )
+
+
 def _check_block(block: Block, order: str) -> None:
+    for x in (block.w, block.packed_t):
+        _check_device(x, block.packed.device)
     w, row, col, rows, cols = block.w, block.row, block.col, block.rows, block.cols
     check_matrix(rows, cols, order)
     check_dtypes(w=w, packed=block.packed)
@@ -346,6 +357,7 @@ def masked_decay_(grads: Sequence[Tensor], blocks: Sequence[Block], decay: float
     for grad, block in zip(grads, blocks, strict=True):
         _check_block(block, layout.metadata_order(device))
         check_dtypes(grad=grad)
+        _check_device(grad, block.packed.device)
         if grad.shape != block.w.shape:
             found = f"grad {tuple(grad.shape)} and w {tuple(block.w.shape)}"
             raise ValueError(f"sparse24: found {found}, need one shape")

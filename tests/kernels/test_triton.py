@@ -261,6 +261,12 @@ def test_errors_say_what_was_found_and_what_is_needed(fast, device, poisoned):
         pack_weight_(fast, w.long(), packed, packed_t, stats, 0, 0, 64, 128, True)
     with pytest.raises(ValueError, match=r"found grad \(64, 64\) and w \(64, 128\), need one shape"):
         masked_decay_(fast, w[:, :64], w, packed, 0, 0, 64, 128, 0.1)
+    for wrong in (
+        lambda: pack_weight_(fast, w.to("meta"), packed, packed_t, stats, 0, 0, 64, 128, True),
+        lambda: masked_decay_(fast, w.to("meta"), w, packed, 0, 0, 64, 128, 0.1),
+    ):
+        with pytest.raises(ValueError, match="found a weight or gradient on meta and its packed form on"):
+            wrong()
     with pytest.raises(ValueError, match="found a 100x64 matrix, need rows in multiples of 64"):
         fast.pack_gradient(torch.randn(8, 100, device=device), seeds, 0)
     with pytest.raises(ValueError, match="found index 1 of seeds"):
