@@ -108,8 +108,10 @@ class SparseGraph:
         if self.dynamic and self.sites:
             self._variant(0, example_inputs, known, at_compile_time=True)
 
-    def _together(self) -> dict[Linear, int]:
-        """For each linear that may be sparse the out_features of the matmul it would be part of."""
+    def _together(self) -> dict[Linear, tuple[int, str | None]]:
+        """For each linear that may be sparse the out_features of the matmul it would be part of, and the activation
+        fused behind it.
+        """
         wanted = [linear for linear in self.linears if linear.reason is None]
         try:
             groups = groups_of(self.tidied, wanted)
@@ -117,8 +119,12 @@ class SparseGraph:
             if self.recipe.strict:
                 raise
             log.exception("sparse24: could not group the linears of a graph; each is measured by itself")
-            return {linear: linear.out_features for linear in wanted}
-        return {linear: sum(m.out_features for m in group.linears) for group in groups for linear in group.linears}
+            return {linear: (linear.out_features, None) for linear in wanted}
+        return {
+            linear: (sum(m.out_features for m in group.linears), group.kind)
+            for group in groups
+            for linear in group.linears
+        }
 
     @property
     def dense(self) -> Compiled:
@@ -254,11 +260,13 @@ def ineligible(param: Any) -> str | None:
     return None
 
 
-def _decide(param: Tensor, linear: Linear, together: int, recipe: Recipe) -> tuple[str | None, Linear]:
+def _decide(
+    param: Tensor, linear: Linear, together: tuple[int, str | None], recipe: Recipe
+) -> tuple[str | None, Linear]:
     """(why it stays dense, or None;  the linear with its way of taking the weight gradient).
 
-    together: out_features of the matmul that it and its neighbours become; what is measured is that matmul, so the
-    neighbours find the same. A weight is decided on once: another graph, another number of tokens or a resumed run too.
+    together: out_features of the matmul that it and its neighbours become, and its activation; what is measured is that
+    matmul, so the neighbours find the same. A weight is decided on once: another graph, another number of tokens or a resumed run too.
     """
     known = weights.get(param)
     if known is not None and known.recipe == recipe and known.decided:
@@ -272,8 +280,9 @@ def _decide(param: Tensor, linear: Linear, together: int, recipe: Recipe) -> tup
     if slow is not None:
         return slow, linear
     try:
-        shape = (together, linear.in_features, linear.tokens)
-        found = gain(*shape, linear.dtype, param.dtype, param.device, recipe.wgrad)
+        rows, kind = together
+        shape = (rows, linear.in_features, linear.tokens)
+        found = gain(*shape, linear.dtype, param.dtype, param.device, recipe.wgrad, kind)
     except torch.OutOfMemoryError:
         log.warning("sparse24: %s: no memory is left to measure whether it gains; it is sparse", linear.name)
         return None, replace(linear, wgrad=recipe.wgrad)
