@@ -266,7 +266,8 @@ def _decide(
     """(why it stays dense, or None;  the linear with its way of taking the weight gradient).
 
     together: out_features of the matmul that it and its neighbours become, and its activation; what is measured is that
-    matmul, so the neighbours find the same. A weight is decided on once: another graph, another number of tokens or a resumed run too.
+    matmul, so the neighbours find the same. A weight is decided on once: another graph, another number of tokens or a
+    resumed run too.
     """
     known = weights.get(param)
     if known is not None and known.recipe == recipe and known.decided:

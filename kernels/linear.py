@@ -116,12 +116,12 @@ class _SparseLinearGLU(torch.autograd.Function):
             d, packed_d, sums = ops.glu_backward_pack(dh, gate_up, bias, ctx.kind, seeds, ctx.index)
             dw = ops.wgrad(packed_d, tokens, d.shape[1])
         else:
-            d = sums = ops.glu_backward(dh, gate_up, bias, ctx.kind)
+            d, sums = ops.glu_backward(dh, gate_up, bias, ctx.kind)
             dw = d.t() @ tokens if need_w else d
         if need_w:
             dws = _split_wgrad(dw, ctx.sizes, ctx.dtypes, ctx.transposed)
         if need_x:
             dx = ops.spmm(packed_t, d, tokens.shape[1])
         if need_bias:
-            dbias = sums.sum(0, dtype=torch.float32).to(bias.dtype)
+            dbias = sums.sum(0).to(bias.dtype)
         return dx, None, None, None, dbias, None, None, None, None, *dws

@@ -35,7 +35,7 @@ _define("spmm(Tensor packed, Tensor x, int rows) -> Tensor")
 _define("wgrad(Tensor packed, Tensor x, int rows) -> Tensor")
 _define("pack_gradient(Tensor dy, Tensor seeds, int index) -> Tensor")
 _define("glu(Tensor gate_up, Tensor? bias, str kind) -> Tensor")
-_define("glu_backward(Tensor dh, Tensor gate_up, Tensor? bias, str kind) -> Tensor")
+_define("glu_backward(Tensor dh, Tensor gate_up, Tensor? bias, str kind) -> (Tensor, Tensor)")
 _define(
     "glu_backward_pack(Tensor dh, Tensor gate_up, Tensor? bias, str kind, Tensor seeds, int index)"
     " -> (Tensor, Tensor, Tensor)"
@@ -71,19 +71,19 @@ def glu(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return torch.ops.sparse24.glu(gate_up, bias, kind)
 
 
-def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """Gradient of `glu` at gate_up: dh [T, F] -> the shape of gate_up. The bias gradient is its column sum."""
+def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """Gradient of `glu` at gate_up, dh [T, F] -> the shape of gate_up, and its sums over 64 tokens each.
+
+    The sums are fp32 [T' / 64, 2F or F], and the bias gradient their column sum; without a bias there are none, [0, 2F
+    or F].
+    """
     return torch.ops.sparse24.glu_backward(dh, gate_up, bias, kind)
 
 
 def glu_backward_pack(
     dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`glu_backward` and `pack_gradient` of its result, from one read of dh and gate_up.
-
-    The third result is what the bias gradient is the column sum of: sums over 64 tokens each, fp32 [T' / 64, 2F or F];
-    without a bias [0, 2F or F].
-    """
+    """The gradient of `glu_backward`, its `pack_gradient`, and the sums, from one read of dh and gate_up."""
     return torch.ops.sparse24.glu_backward_pack(dh, gate_up, bias, kind, seeds, index)
 
 
@@ -162,19 +162,23 @@ def _(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], features)
 
 
+def _fake_sums(gate_up: Tensor, bias: Tensor | None) -> Tensor:
+    tiles = 0 if bias is None else padded(gate_up.shape[0]) // layout.TILE
+    return gate_up.new_empty(tiles, gate_up.shape[1], dtype=torch.float32)
+
+
 @torch.library.register_fake("sparse24::glu_backward", lib=_lib)
-def _(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    return gate_up.new_empty(gate_up.shape)
+def _(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    return gate_up.new_empty(gate_up.shape), _fake_sums(gate_up, bias)
 
 
 @torch.library.register_fake("sparse24::glu_backward_pack", lib=_lib)
 def _(
     dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, features = gate_up.shape
-    packed = gate_up.new_empty(layout.numel(features, padded(tokens), gate_up.dtype))
-    tiles = 0 if bias is None else padded(tokens) // layout.TILE
-    return gate_up.new_empty(tokens, features), packed, gate_up.new_empty(tiles, features, dtype=torch.float32)
+    tokens, width = gate_up.shape
+    packed = gate_up.new_empty(layout.numel(width, padded(tokens), gate_up.dtype))
+    return gate_up.new_empty(gate_up.shape), packed, _fake_sums(gate_up, bias)
 
 
 def _glu_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -184,8 +188,8 @@ def _glu_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _glu_autograd(ctx, dh):  # type: ignore[no-untyped-def]
     gate_up, bias = ctx.saved_tensors
-    d = glu_backward(dh, gate_up, bias, ctx.kind)
-    return d, d.sum(0).to(bias.dtype) if bias is not None else None, None
+    d, sums = glu_backward(dh, gate_up, bias, ctx.kind)
+    return d, sums.sum(0).to(bias.dtype) if bias is not None else None, None
 
 
 torch.library.register_autograd("sparse24::glu", _glu_autograd, setup_context=_glu_context, lib=_lib)

@@ -138,23 +138,25 @@ def uniform(seed: Tensor, n: int, first: int = 0) -> Tensor:
     h = counter ^ key
     h = ((h ^ (h >> 16)) * 0x7FEB352D + other) & 0xFFFFFFFF  # `_mix32` with the other key inside
     h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return ((h ^ (h >> 16)) >> 9 | 1).to(torch.float32) * 2.0**-23
+    return (h >> 9 | 1).to(torch.float32) * 2.0**-23  # a last shift would change only the lowest of these bits
 
 
 def mvue(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Minimum-variance unbiased 2:4 pruning by systematic sampling (the paper's MVUE, exactly).
 
     x fp32 [4, ...], u fp32 [...] from `uniform`  ->  kept lanes i < j (int64) and their values (fp32), all [...].
-    E[pruned x] = x; the variance is the least that any unbiased 2:4 pruning has. A lane larger than the other three
-    together is always kept: with u between 2^-23 and 1 - 2^-23, t < c and t + c > c survive rounding, and so does every
-    comparison that decides on that lane. A group that is not finite comes out not finite, so that a GradScaler sees it.
+    E[pruned x] = x up to rounding; the variance is the least that any unbiased 2:4 pruning has. A lane larger than the
+    other three together is always kept: with u between 2^-23 and 1 - 2^-23, t < c and t + c > c survive rounding, and
+    so does every comparison that decides on that lane. A group that is not finite comes out not finite, so that a
+    GradScaler sees it.
     """
     a = x.abs()
     h0, l0 = torch.maximum(a[0], a[1]), torch.minimum(a[0], a[1])
     h1, l1 = torch.maximum(a[2], a[3]), torch.minimum(a[2], a[3])
     mx = torch.maximum(h0, h1)
     rest = (torch.minimum(h0, h1) + l0) + l1  # the sum of the other three, without cancellation
-    c = torch.where(mx > rest, rest, 0.5 * (mx + rest)).clamp(min=2.0**-126)  # above 0 where one lane is not empty
+    least = torch.minimum(rest, 0.5 * (mx + rest))  # rest where one lane is larger than the others together
+    c = least.clamp(min=2.0**-126)  # above 0 where one lane is not empty
     s1 = torch.minimum(a[0], c)
     s2 = s1 + torch.minimum(a[1], c)
     s3 = s2 + torch.minimum(a[2], c)
@@ -165,8 +167,7 @@ def mvue(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     def value(lane: Tensor) -> Tensor:
         v = x.gather(0, lane[None])[0]
-        kept = torch.where(v < 0, -1.0, 1.0) * torch.maximum(v.abs(), c)
-        return torch.where(v == 0, c * 0.0, kept)  # an empty lane is drawn only where rounding meets a boundary
+        return torch.copysign(torch.maximum(v.abs(), least), v)
 
     return i, j, value(i), value(j)
 
@@ -229,7 +230,7 @@ def _derivative(z: Tensor, kind: str) -> Tensor:
     return torch.ops.aten.threshold_backward(one if kind == "relu" else 2.0 * F.relu(z), z, 0)
 
 
-def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """Twin of `ops.glu_backward`."""
     wide = torch.float64 if gate_up.dtype == torch.float64 else torch.float32
     z, d = gate_up.to(wide), dh.to(wide)
@@ -241,18 +242,19 @@ def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) ->
         out = torch.cat((d * up * _derivative(gate, activation), d * ACTIVATIONS[activation](gate)), -1)
     else:
         out = d * _derivative(z, kind)
-    return out.to(gate_up.dtype)
+    out = out.to(gate_up.dtype)
+    return out, _sums(out, bias)
 
 
 def glu_backward_pack(
     dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of `ops.glu_backward_pack`."""
-    d = glu_backward(dh, gate_up, bias, kind)
-    return d, pack_gradient(d, seeds, index), tile_sums(d, bias)
+    d, sums = glu_backward(dh, gate_up, bias, kind)
+    return d, pack_gradient(d, seeds, index), sums
 
 
-def tile_sums(d: Tensor, bias: Tensor | None) -> Tensor:
+def _sums(d: Tensor, bias: Tensor | None) -> Tensor:
     """Sums of d [T, F] over 64 tokens each, fp32 [T' / 64, F]; [0, F] where there is no bias to want them."""
     tokens, width = d.shape
     if bias is None:

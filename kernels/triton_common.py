@@ -13,6 +13,8 @@ from torch import Tensor
 
 from . import layout
 
+#: Whether the kernels run under Triton's interpreter, which knows neither libdevice nor map_elementwise.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -106,14 +108,18 @@ def _mix32(h):
 
 
 @triton.jit
-def uniform(seed, position):
-    """Twin of `reference.uniform` at uint32 positions: fp32 in (0, 1). seed int64 scalar."""
+def keys_of(seed):
+    """The two keys of an int64 seed, uint32 each; both depend on all of its bits."""
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    first, second = _mix32(low ^ _mix32(high)), _mix32(tl.add(_mix32(low), high, sanitize_overflow=False))
-    h = position ^ first
-    h = tl.add(tl.mul(h ^ (h >> 16), 0x7FEB352D, sanitize_overflow=False), second, sanitize_overflow=False)
+    return _mix32(low ^ _mix32(high)), _mix32(tl.add(_mix32(low), high, sanitize_overflow=False))
+
+
+@triton.jit
+def uniform(keys, position):
+    """Twin of `reference.uniform` at uint32 positions: fp32 in (0, 1)."""
+    h = position ^ keys[0]
+    h = tl.add(tl.mul(h ^ (h >> 16), 0x7FEB352D, sanitize_overflow=False), keys[1], sanitize_overflow=False)
     h = tl.mul(h ^ (h >> 15), 0x846CA68B, sanitize_overflow=False)
-    h ^= h >> 16
     return ((h >> 9) | 0x3F800001).to(tl.float32, bitcast=True) - 1.0  # a conversion would cost four times as much
 
 
@@ -128,10 +134,9 @@ def _min(a, b):
 
 
 @triton.jit
-def _kept_value(x, c, nothing):
+def _kept_value(x, c):
     sign = x.to(tl.uint32, bitcast=True) & 0x80000000
-    value = (_max(tl.abs(x), c).to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return tl.where(x == 0, nothing, value)
+    return (_max(tl.abs(x), c).to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -140,7 +145,8 @@ def mvue(x0, x1, x2, x3, u):
     a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     h0, l0, h1, l1 = _max(a0, a1), _min(a0, a1), _max(a2, a3), _min(a2, a3)
     mx, rest = _max(h0, h1), (_min(h0, h1) + l0) + l1
-    c = _max(tl.where(mx > rest, rest, 0.5 * (mx + rest)), 1.1754943508222875e-38)  # 2^-126
+    least = _min(rest, 0.5 * (mx + rest))
+    c = _max(least, 1.1754943508222875e-38)  # 2^-126
     s1 = _min(a0, c)
     s2 = s1 + _min(a1, c)
     s3 = s2 + _min(a2, c)
@@ -148,15 +154,14 @@ def mvue(x0, x1, x2, x3, u):
     tc = t + c
     i1, i2 = t >= s1, t >= s2  # i >= 1, i >= 2
     j2, j3 = i1 | (tc > s2), i2 | (tc > s3)  # j >= 2, j >= 3
-    nothing = c * 0.0
-    first = _kept_value(tl.where(i2, x2, tl.where(i1, x1, x0)), c, nothing)
-    last = _kept_value(tl.where(j3, x3, tl.where(j2, x2, x1)), c, nothing)
+    first = _kept_value(tl.where(i2, x2, tl.where(i1, x1, x0)), least)
+    last = _kept_value(tl.where(j3, x3, tl.where(j2, x2, x1)), least)
     return tl.where(i2, 2, tl.where(i1, 1, 0)) | tl.where(j3, 12, tl.where(j2, 8, 4)), first, last
 
 
 @triton.jit
 def prune_and_store(
-    packed, x0, x1, x2, x3, seed, t0, f0, tokens, features, ORDER: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
+    packed, x0, x1, x2, x3, keys, t0, f0, tokens, features, ORDER: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
 ):
     """Prune fp32 [BT / 4, BF], x_i row i of each group, and write it as rows f0.. and columns t0.. of the packed form.
 
@@ -165,8 +170,11 @@ def prune_and_store(
     G: tl.constexpr = BT // 4
     group, f = (t0 // 4 + tl.arange(0, G)).to(tl.uint32), (f0 + tl.arange(0, BF)).to(tl.uint32)
     row = tl.mul(group, features.to(tl.uint32), sanitize_overflow=False)  # the twin's counter, too, is of 32 bits
-    u = uniform(seed, tl.add(row[:, None], f[None, :], sanitize_overflow=False))
-    nibbles, first, last = mvue(x0, x1, x2, x3, u)
+    u = uniform(keys, tl.add(row[:, None], f[None, :], sanitize_overflow=False))
+    if INTERPRETED:
+        nibbles, first, last = mvue(x0, x1, x2, x3, u)
+    else:  # group by group: of many groups at once, the conditions would not fit into the predicate registers
+        nibbles, first, last = tl.map_elementwise(mvue, x0, x1, x2, x3, u)
     dtype: tl.constexpr = packed.dtype.element_ty
     values = tl.permute(tl.join(first.to(dtype), last.to(dtype)), (1, 0, 2))
     store_values(packed, tl.reshape(values, [BF, BT // 2]), f0, t0 // 2, tokens, BF, BT // 2)

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from . import layout, reference
-from .triton_common import check_dtypes, check_matrix, launch, prune_and_store
+from .triton_common import INTERPRETED, check_dtypes, check_matrix, keys_of, launch, prune_and_store
 
 # ----------------------------------------------------------------------------------------------------- gradient pruning
 
@@ -22,15 +23,12 @@ def _load_row(at, present):
 
 
 @triton.jit
-def _tile(down, across, GROUP: tl.constexpr):
-    """Row and column of this program's tile: GROUP tiles down, then the next column, through a band of GROUP rows.
-
-    Programs that run together so touch wide rows of what they read, and long rows of the transposed form they write.
-    """
-    band = tl.program_id(0) // (GROUP * across)
-    height = tl.minimum(down - band * GROUP, GROUP)
-    rest = tl.program_id(0) - band * GROUP * across
-    return band * GROUP + rest % height, rest // height
+def _strip(across, STRIP: tl.constexpr):
+    """This program's row of tiles, and its columns of tiles from first to last."""
+    strips = (across + STRIP - 1) // STRIP
+    down = tl.program_id(0) // strips
+    first = (tl.program_id(0) - down * strips) * STRIP
+    return down, first, tl.minimum(first + STRIP, across)
 
 
 @triton.jit(do_not_specialize=["tokens", "index"])
@@ -46,19 +44,20 @@ def pack_gradient_kernel(
     ORDER: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
-    GROUP: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    down, across = _tile(padded // BT, features // BF, GROUP)
-    t0, f0 = down * BT, across * BF
+    down, first, last = _strip(features // BF, STRIP)
+    t0, keys = down * BT, keys_of(tl.load(seeds + index))
     t = t0 + 4 * tl.arange(0, BT // 4)[:, None]
-    at = dy + t.to(tl.int64) * stride + (f0 + tl.arange(0, BF))[None, :]
-    x0, x1 = _load_row(at, t < tokens), _load_row(at + stride, t + 1 < tokens)
-    x2 = _load_row(at + stride + stride, t + 2 < tokens)
-    x3 = _load_row(at + stride + stride + stride, t + 3 < tokens)
-    prune_and_store(packed, x0, x1, x2, x3, tl.load(seeds + index), t0, f0, padded, features, ORDER, BT, BF)
+    for tile in range(first, last):
+        at = dy + t.to(tl.int64) * stride + (tile * BF + tl.arange(0, BF))[None, :]
+        x0, x1 = _load_row(at, t < tokens), _load_row(at + stride, t + 1 < tokens)
+        x2 = _load_row(at + stride + stride, t + 2 < tokens)
+        x3 = _load_row(at + stride + stride + stride, t + 3 < tokens)
+        prune_and_store(packed, x0, x1, x2, x3, keys, t0, tile * BF, padded, features, ORDER, BT, BF)
 
 
-_GROUP = 8  # tiles of tokens that programs running together share
+_STRIP = 4  # tiles of a program
 
 
 def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
@@ -73,7 +72,7 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
     packed = dy.new_empty(layout.numel(features, padded, dy.dtype))
     launch(
         pack_gradient_kernel,
-        (padded // layout.TILE * (features // layout.TILE),),
+        (padded // layout.TILE * triton.cdiv(features // layout.TILE, _STRIP),),
         dy.device,
         dy.detach(),
         packed,
@@ -86,7 +85,7 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
         ORDER=order,
         BT=layout.TILE,
         BF=layout.TILE,
-        GROUP=_GROUP,
+        STRIP=_STRIP,
         num_warps=4,
     )
     return packed
@@ -103,23 +102,28 @@ def _check_seeds(seeds: Tensor, index: int) -> None:
 
 @triton.jit
 def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))  # 0 and 1 at the infinities
+    """0 and 1 at the infinities."""
+    if INTERPRETED:
+        return 1.0 / (1.0 + tl.exp(-z))
+    # The same to two units in the last place, in a third of the instructions: what is not normal becomes zero.
+    return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-z))
 
 
 @triton.jit
 def _activation(z, KIND: tl.constexpr):
-    """act(z) and act'(z), fp32."""
+    """act(z) and act'(z), fp32. Launches forbid contracted products, so each is written out."""
     if KIND == "silu":
         s = _sigmoid(z)
-        value, slope = z * s, s * (1.0 + z * (1.0 - s))
+        value = z * s
+        slope = tl.fma(value, 1.0 - s, s)
     elif KIND == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-        value, slope = z * cdf, cdf + z * (tl.exp(-0.5 * z * z) * 0.3989422804014327)
+        cdf = tl.fma(0.5, tl.erf(z * 0.7071067811865476), 0.5)
+        value, slope = z * cdf, tl.fma(z, tl.exp(-0.5 * z * z) * 0.3989422804014327, cdf)
     elif KIND == "gelu_tanh":  # (1 + tanh(y)) / 2 = sigmoid(2 y): nothing cancels, and no tanh is needed
         zz = z * z
-        s = _sigmoid(1.5957691216057308 * (z + 0.044715 * (z * zz)))
+        s = _sigmoid(z * tl.fma(zz, 0.07135481627260025, 1.5957691216057308))
         value = z * s
-        slope = s + value * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * zz))
+        slope = tl.fma(value * (1.0 - s), tl.fma(zz, 0.21406444881780073, 1.5957691216057308), s)
     elif KIND == "relu":
         value, slope = tl.where(z < 0, 0.0, z), tl.where(z <= 0, 0.0, 1.0)
     else:
@@ -186,6 +190,7 @@ def glu_backward_kernel(
     z,  # as in glu_kernel
     bias,
     d,  # of the shape of z
+    sums,  # fp32 [cdiv(tokens, BT * STRIP), columns of z]: of d over the tokens of a program, where HAS_BIAS
     tokens,
     features,
     KIND: tl.constexpr,
@@ -193,18 +198,26 @@ def glu_backward_kernel(
     HAS_BIAS: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    t = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
     f = tl.program_id(1) * BF + tl.arange(0, BF)[None, :]
-    present = (t < tokens) & (f < features)
-    gate, up = _load_z(z, bias, t, f, present, features, GATED, HAS_BIAS)
-    dh_ = _load_row(dh + t.to(tl.int64) * features + f, present)
-    _backward(d, dh_, gate, up, t, f, present, features, KIND, GATED)
-
-
-@triton.jit
-def _wide(x, present):
-    return tl.where(present, x.to(tl.float32), 0.0)  # 0 * (infinite bias) is not 0
+    gate_sum, up_sum = tl.zeros([BT, BF], tl.float32), tl.zeros([BT, BF], tl.float32)
+    for i in range(STRIP):
+        t = (tl.program_id(0) * STRIP + i) * BT + tl.arange(0, BT)[:, None]
+        present = (t < tokens) & (f < features)
+        gate, up = _load_z(z, bias, t, f, present, features, GATED, HAS_BIAS)
+        dh_ = _load_row(dh + t.to(tl.int64) * features + f, present)
+        gate, up = _backward(d, dh_, gate, up, t, f, present, features, KIND, GATED)
+        if HAS_BIAS:
+            gate_sum += gate.to(tl.float32)
+            if GATED:
+                up_sum += up.to(tl.float32)
+    if HAS_BIAS:
+        f = tl.program_id(1) * BF + tl.arange(0, BF)
+        sums += tl.program_id(0).to(tl.int64) * (2 * features if GATED else features) + f
+        tl.store(sums, tl.sum(gate_sum, 0), mask=f < features)
+        if GATED:
+            tl.store(sums + features, tl.sum(up_sum, 0), mask=f < features)
 
 
 @triton.jit(do_not_specialize=["tokens", "index"])
@@ -226,36 +239,39 @@ def glu_backward_pack_kernel(
     ORDER: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
-    GROUP: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    down, across = _tile(padded // BT, features // BF, GROUP)
-    t0, f0 = down * BT, across * BF
-    t, f = t0 + 4 * tl.arange(0, BT // 4)[:, None], f0 + tl.arange(0, BF)[None, :]
-    p0, p1, p2, p3 = t < tokens, t + 1 < tokens, t + 2 < tokens, t + 3 < tokens
-    # All loads come before the first store: nothing tells the compiler that d does not alias its inputs.
-    seed = tl.load(seeds + index)
-    at = dh + t.to(tl.int64) * features + f
-    dh0, dh1 = _load_row(at, p0), _load_row(at + features, p1)
-    dh2, dh3 = _load_row(at + features + features, p2), _load_row(at + features + features + features, p3)
-    gate0, up0 = _load_z(z, bias, t, f, p0, features, GATED, HAS_BIAS)
-    gate1, up1 = _load_z(z, bias, t + 1, f, p1, features, GATED, HAS_BIAS)
-    gate2, up2 = _load_z(z, bias, t + 2, f, p2, features, GATED, HAS_BIAS)
-    gate3, up3 = _load_z(z, bias, t + 3, f, p3, features, GATED, HAS_BIAS)
-    gate0, up0 = _backward(d, dh0, gate0, up0, t, f, p0, features, KIND, GATED)
-    gate1, up1 = _backward(d, dh1, gate1, up1, t + 1, f, p1, features, KIND, GATED)
-    gate2, up2 = _backward(d, dh2, gate2, up2, t + 2, f, p2, features, KIND, GATED)
-    gate3, up3 = _backward(d, dh3, gate3, up3, t + 3, f, p3, features, KIND, GATED)
-    x0, x1, x2, x3 = _wide(gate0, p0), _wide(gate1, p1), _wide(gate2, p2), _wide(gate3, p3)
     width = 2 * features if GATED else features
-    sums += down.to(tl.int64) * width + f0 + tl.arange(0, BF)
-    if HAS_BIAS:
-        tl.store(sums, tl.sum((x0 + x1) + (x2 + x3), 0))
-    prune_and_store(packed, x0, x1, x2, x3, seed, t0, f0, padded, width, ORDER, BT, BF)
-    if GATED:
-        x0, x1, x2, x3 = _wide(up0, p0), _wide(up1, p1), _wide(up2, p2), _wide(up3, p3)
+    down, first, last = _strip(features // BF, STRIP)
+    t0, keys = down * BT, keys_of(tl.load(seeds + index))
+    t = t0 + 4 * tl.arange(0, BT // 4)[:, None]
+    p0, p1, p2, p3 = t < tokens, t + 1 < tokens, t + 2 < tokens, t + 3 < tokens
+    for tile in range(first, last):
+        f0 = tile * BF
+        f = f0 + tl.arange(0, BF)[None, :]
+        # All loads come before the first store: nothing tells the compiler that d does not alias its inputs.
+        at = dh + t.to(tl.int64) * features + f
+        dh0, dh1 = _load_row(at, p0), _load_row(at + features, p1)
+        dh2, dh3 = _load_row(at + features + features, p2), _load_row(at + features + features + features, p3)
+        gate0, up0 = _load_z(z, bias, t, f, p0, features, GATED, HAS_BIAS)
+        gate1, up1 = _load_z(z, bias, t + 1, f, p1, features, GATED, HAS_BIAS)
+        gate2, up2 = _load_z(z, bias, t + 2, f, p2, features, GATED, HAS_BIAS)
+        gate3, up3 = _load_z(z, bias, t + 3, f, p3, features, GATED, HAS_BIAS)
+        gate0, up0 = _backward(d, dh0, gate0, up0, t, f, p0, features, KIND, GATED)
+        gate1, up1 = _backward(d, dh1, gate1, up1, t + 1, f, p1, features, KIND, GATED)
+        gate2, up2 = _backward(d, dh2, gate2, up2, t + 2, f, p2, features, KIND, GATED)
+        gate3, up3 = _backward(d, dh3, gate3, up3, t + 3, f, p3, features, KIND, GATED)
+        # past the last token dh is 0, and d with it
+        x0, x1, x2, x3 = gate0.to(tl.float32), gate1.to(tl.float32), gate2.to(tl.float32), gate3.to(tl.float32)
+        at = sums + down.to(tl.int64) * width + f0 + tl.arange(0, BF)
         if HAS_BIAS:
-            tl.store(sums + features, tl.sum((x0 + x1) + (x2 + x3), 0))
-        prune_and_store(packed, x0, x1, x2, x3, seed, t0, features + f0, padded, width, ORDER, BT, BF)
+            tl.store(at, tl.sum((x0 + x1) + (x2 + x3), 0))
+        prune_and_store(packed, x0, x1, x2, x3, keys, t0, f0, padded, width, ORDER, BT, BF)
+        if GATED:
+            x0, x1, x2, x3 = up0.to(tl.float32), up1.to(tl.float32), up2.to(tl.float32), up3.to(tl.float32)
+            if HAS_BIAS:
+                tl.store(at + features, tl.sum((x0 + x1) + (x2 + x3), 0))
+            prune_and_store(packed, x0, x1, x2, x3, keys, t0, features + f0, padded, width, ORDER, BT, BF)
 
 
 _BT, _BF = 16, 128  # tile of the elementwise kernels
@@ -293,16 +309,23 @@ def glu(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return h
 
 
-def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """Twin of `reference.glu_backward`, which defines it up to rounding."""
     tokens, features, constants = _problem(gate_up, bias, kind)
     dh = _same_rows(dh, tokens, features)
     z = gate_up.detach().contiguous()
     b = z if bias is None else bias.detach().contiguous()
-    d = z.new_empty(z.shape)
-    grid = (triton.cdiv(tokens, _BT), triton.cdiv(features, _BF))
-    launch(glu_backward_kernel, grid, z.device, dh, z, b, d, tokens, features, **constants, BT=_BT, BF=_BF, num_warps=4)
-    return d
+    d, sums = z.new_empty(z.shape), _sums(z, bias)
+    strip = 1 if bias is None else layout.TILE // _BT  # the sums are over so many tokens
+    grid = (triton.cdiv(tokens, strip * _BT), triton.cdiv(features, _BF))
+    constants |= {"BT": _BT, "BF": _BF, "STRIP": strip}
+    launch(glu_backward_kernel, grid, z.device, dh, z, b, d, sums, tokens, features, **constants, num_warps=4)
+    return d, sums
+
+
+def _sums(z: Tensor, bias: Tensor | None) -> Tensor:
+    tiles = 0 if bias is None else reference.padded(z.shape[0]) // layout.TILE
+    return z.new_empty(tiles, z.shape[1], dtype=torch.float32)
 
 
 def glu_backward_pack(
@@ -315,16 +338,16 @@ def glu_backward_pack(
     check_matrix(width, padded, order)
     _check_seeds(seeds, index)
     if features % layout.TILE:  # gate and up share a tile of rows
-        d = glu_backward(dh, gate_up, bias, kind)
-        return d, pack_gradient(d, seeds, index), reference.tile_sums(d, bias)
+        d, sums = glu_backward(dh, gate_up, bias, kind)
+        return d, pack_gradient(d, seeds, index), sums
     dh = _same_rows(dh, tokens, features)
     z = gate_up.detach().contiguous()
     b = z if bias is None else bias.detach().contiguous()
     d, packed = z.new_empty(z.shape), z.new_empty(layout.numel(width, padded, z.dtype))
-    sums = z.new_empty(0 if bias is None else padded // layout.TILE, width, dtype=torch.float32)
+    sums = _sums(z, bias)
     launch(
         glu_backward_pack_kernel,
-        (padded // layout.TILE * (features // layout.TILE),),
+        (padded // layout.TILE * triton.cdiv(features // layout.TILE, _STRIP // 2),),
         z.device,
         dh,
         z,
@@ -341,7 +364,8 @@ def glu_backward_pack(
         ORDER=order,
         BT=layout.TILE,
         BF=layout.TILE,
-        GROUP=_GROUP,
-        num_warps=8,  # of 4, too few fit on a multiprocessor to hide the latency of its loads
+        STRIP=_STRIP // 2,
+        num_warps=4,
+        maxnreg=128,  # four programs then fit on a multiprocessor: worth more than the few registers spilled
     )
     return d, packed, sums

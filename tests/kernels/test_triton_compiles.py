@@ -15,12 +15,13 @@ import pytest
 
 ORDERS = {90: "sm_90", 80: "sm_80"}
 TABLE = {"T": 64, "STRIP": 4, "FIELDS": 12}
-TOKENS = {"BT": 64, "BF": 64, "GROUP": 8}
+TOKENS = {"BT": 64, "BF": 64, "STRIP": 4}
 SWIGLU = {"KIND": "silu", "GATED": True, "HAS_BIAS": True}
 POINTERS = {"sums": "fp32", "stats": "i64", "seeds": "i64", "table": "i64", "strips": "i32"}
 TENSORS = ("packed", "dy", "dh", "z", "bias", "d", "h", *POINTERS)
 FP32, BF16 = "fp32", "bf16"
 ELEMENTWISE = ("glu_kernel", "glu_backward_kernel")
+LIMITS = {"glu_backward_pack_kernel": {"maxnreg": 128}}  # the bytes it spills are worth a fourth program at a time
 UNALIGNED = ("tokens", "index", "decay")
 
 
@@ -33,12 +34,12 @@ def cases(arch):
         yield "triton_pack", "pack_weights_kernel", {"SEARCH": False, **constants}, 4
         yield "triton_pack", "masked_decay_kernel", {"GRAD": FP32, "UNIT_GRAD": unit, **constants, "FIELDS": 13}, 8
     yield "triton_glu", "pack_gradient_kernel", {**order, **TOKENS}, 4
-    yield "triton_glu", "glu_backward_pack_kernel", {**SWIGLU, **order, **TOKENS}, 8
+    yield "triton_glu", "glu_backward_pack_kernel", {**SWIGLU, **order, **TOKENS}, 4
     if arch == 90:  # the order of the metadata is all that differs
         for kind in ("silu", "gelu", "gelu_tanh"):
             constants = {**SWIGLU, "KIND": kind, "BT": 16, "BF": 128}
             yield "triton_glu", "glu_kernel", constants, 4
-            yield "triton_glu", "glu_backward_kernel", constants, 4
+            yield "triton_glu", "glu_backward_kernel", {**constants, "HAS_BIAS": False, "STRIP": 1}, 4
 
 
 def compile_all(folder):
@@ -69,7 +70,7 @@ def compile_all(folder):
             compiled = triton.compile(
                 ASTSource(kernel, signature, constants, aligned),
                 target=GPUTarget("cuda", arch, 32),
-                options={"num_warps": warps, "enable_fp_fusion": False},
+                options={"num_warps": warps, "enable_fp_fusion": False, **LIMITS.get(name, {})},
             )
             ptx = Path(folder, "kernel.ptx")
             ptx.write_text(compiled.asm["ptx"])
@@ -106,9 +107,13 @@ def test_every_kernel_compiles_to_what_was_meant(compiled):
     """One test, so that one worker compiles."""
     assert len(compiled) == sum(1 for arch in ORDERS for _ in cases(arch))
     assert all(found["cubin"] > 0 for found in compiled)
-    assert not [found for found in compiled if found["spills"]]
-    # u * c + c rounded once would choose other lanes than the twin; erf brings fma of its own
-    assert not [found for found in compiled if found["fma"] and found["kind"] != "gelu"]
+    assert not [found for found in compiled if found["spills"] > (256 if found["kernel"] in LIMITS else 0)]
+    # u * c + c rounded once would choose other lanes than the twin; the activations have fma of their own
+    assert not [found for found in compiled if found["fma"] and found["kind"] is None]
+    silu = {found["kernel"]: found["fma"] for found in compiled if found["kind"] == "silu" and found["arch"] == 90}
+    assert (
+        silu["glu_backward_kernel"] == 16 and silu["glu_backward_pack_kernel"] == 32
+    )  # one for each entry of a thread
     # an elementwise kernel needs no exchange between threads
     assert not [found for found in compiled if found["kernel"] in ELEMENTWISE and found["shared"]]
 
