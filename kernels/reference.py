@@ -17,54 +17,49 @@ from .layout import Block
 
 #: |w| is clamped here before the search, so that sums of infinities still count how many are kept.
 SATURATE = 2.0**123
-_COMPLEMENT = [5, 4, 3, 2, 1, 0]
-_OVERLAPPING = [(p, q) for p in range(6) for q in range(p + 1, 6) if p + q != 5]
 
 
 def best_mask(w: Tensor) -> Tensor:
     """The transposable 2:4 mask that keeps the largest sum of |w| in every aligned 4x4 tile (exhaustive).
 
     w [rows, cols], any float dtype, rows % 4 == cols % 4 == 0  ->  bool [rows, cols].
-    Of the 90 candidates the score is (s0 + s1) + (s2 + s3) in fp32, s_r the sum of the two kept magnitudes of row r.
-    Ties go to the first candidate in this order: rows 0, 1 and rows 2, 3 complementary (36); rows 0, 1 equal (6); one
-    column shared by rows 0 and 1 (48). NaN tiles get some legal mask: the caller counts them (`pack_weights_`).
+    Two columns i, j of two rows are shared between them in the better of two ways. The 90 candidates are: what rows 0, 1
+    share of all columns, and rows 2, 3 likewise (36); what rows 0, 1 together share with rows 2, 3 together (6); rows
+    0, 1 sharing i, j, rows 2, 3 too, and the two pairs of rows the other columns (48). Sums are in fp32, in the order of
+    the code; of equals the first counts. NaN tiles get some legal mask: the caller counts them (`pack_weights_`).
     """
     rows, cols = w.shape
     a = w.detach().to(torch.float32).abs().clamp(max=SATURATE).view(rows // 4, 4, cols // 4, 4)
-    s = [torch.stack([a[:, r, :, i] + a[:, r, :, j] for i, j in layout.PAIRS]) for r in range(4)]  # 4 x [6, tiles]
+    x = [[a[:, r, :, c] for c in range(4)] for r in range(4)]
+    Scored = tuple[Tensor, Tensor]  # a sum, and the bits 4 * row + column that are in it
 
-    def argbest(scores: Tensor) -> tuple[Tensor, Tensor]:
-        best, pick = scores[0], torch.zeros_like(scores[0], dtype=torch.int64)
-        for p in range(1, 6):
-            better = scores[p] > best
-            best, pick = torch.where(better, scores[p], best), torch.where(better, p, pick)
-        return best, pick
+    def either(first: Scored, second: Scored) -> Scored:
+        better = second[0] > first[0]
+        return torch.where(better, second[0], first[0]), torch.where(better, second[1], first[1])
 
-    top, p0 = argbest(s[0] + s[1][_COMPLEMENT])
-    bottom, p2 = argbest(s[2] + s[3][_COMPLEMENT])
-    best, code = top + bottom, [p0, 5 - p0, p2, 5 - p2]
+    def both(first: Scored, second: Scored) -> Scored:
+        return first[0] + second[0], first[1] | second[1]
 
-    def offer(score: Tensor, *rows_: Tensor | int) -> None:
-        nonlocal best
-        better = score > best
-        best = torch.where(better, score, best)
-        code[:] = [torch.where(better, new, old) for new, old in zip(rows_, code, strict=True)]
+    def shared(y: list[Tensor], z: list[Tensor], y_rows: int, z_rows: int) -> list[Scored]:
+        """For each pair of columns the better way; y_rows and z_rows: bits of their column 0."""
+        ways = []
+        for i, j in layout.PAIRS:
+            straight, swapped = y_rows << i | z_rows << j, y_rows << j | z_rows << i
+            bits = torch.tensor([straight, swapped], device=w.device)
+            ways.append(either((y[i] + z[j], bits[0]), (y[j] + z[i], bits[1])))
+        return ways
 
+    def all_four(ways: list[Scored]) -> Scored:
+        return either(both(ways[0], ways[5]), both(ways[1], ways[4]))  # 01 and 23, or 02 and 13: all six splits
+
+    top, bottom = shared(x[0], x[1], 0x1, 0x10), shared(x[2], x[3], 0x100, 0x1000)
+    upper, lower = ([x[r][c] + x[r + 1][c] for c in range(4)] for r in (0, 2))
+    pairs = shared(upper, lower, 0x11, 0x1100)
+    best = either(both(all_four(top), all_four(bottom)), all_four(pairs))
     for p in range(6):
-        offer((s[0][p] + s[1][p]) + (s[2][5 - p] + s[3][5 - p]), p, p, 5 - p, 5 - p)
-    for p, q in _OVERLAPPING:
-        u, swapped_u = s[0][p] + s[1][q], s[0][q] + s[1][p]
-        v, swapped_v = s[2][5 - p] + s[3][5 - q], s[2][5 - q] + s[3][5 - p]
-        top_kept, bottom_kept = u >= swapped_u, v >= swapped_v
-        offer(
-            torch.where(top_kept, u, swapped_u) + torch.where(bottom_kept, v, swapped_v),
-            torch.where(top_kept, p, q),
-            torch.where(top_kept, q, p),
-            torch.where(bottom_kept, 5 - p, 5 - q),
-            torch.where(bottom_kept, 5 - q, 5 - p),
-        )
-    nibble = torch.tensor(layout.NIBBLES, dtype=torch.uint8, device=w.device)
-    return layout.mask_from_nibbles(nibble[torch.stack(code, 1)].view(rows, cols // 4))
+        best = either(best, both(both(top[p], bottom[p]), pairs[5 - p]))
+    bit = torch.arange(16, device=w.device).view(1, 4, 1, 4)
+    return (best[1][:, None, :, None] >> bit & 1).bool().reshape(rows, cols)
 
 
 def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import layout
 from .layout import Block
 from .triton_common import (
+    INTERPRETED,
     check_dtypes,
     check_matrix,
     check_packed,
@@ -28,17 +29,17 @@ from .triton_common import (
     store_values,
 )
 
-_PAIR_BITS = tl.constexpr(0xCA6953)  # the two kept lanes of pair p, as four bits, at bit 4 * p
 _SATURATE = tl.constexpr(2.0**123)  # reference.SATURATE
 
 
 @triton.jit
 def _load_lanes(at):
-    """The four lanes of each group, [R, C] each, from pointers [R, 4 * C].
+    """The four lanes of each group, fp32 [R, C] each, from pointers [R, 4 * C].
 
-    The pointers are two-dimensional, or Triton would give neighbouring threads different rows.
+    The pointers are two-dimensional, or Triton would give neighbouring threads different rows. Halves of registers cost
+    more to choose between than fp32 costs to convert to and from.
     """
-    even, odd = tl.split(tl.reshape(tl.load(at), [at.shape[0], at.shape[1] // 4, 2, 2]))
+    even, odd = tl.split(tl.reshape(tl.load(at).to(tl.float32), [at.shape[0], at.shape[1] // 4, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
@@ -46,56 +47,77 @@ def _load_lanes(at):
 
 @triton.jit
 def _magnitude(x):
-    a = tl.abs(x.to(tl.float32))
-    return tl.where(a > _SATURATE, _SATURATE, a)  # not a minimum: NaN must stay NaN, as in the twin
+    return tl.minimum(tl.abs(x), _SATURATE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _pair_sums(x):
-    """Kept magnitude of a row for each of the six pairs, in the order of `layout.PAIRS`."""
-    a0, a1, a2, a3 = _magnitude(x[0]), _magnitude(x[1]), _magnitude(x[2]), _magnitude(x[3])
-    return a0 + a1, a0 + a2, a0 + a3, a1 + a2, a1 + a3, a2 + a3
+def _either(a, b):
+    """The (sum, bits) with the larger sum, a where they are equal."""
+    better = b[0] > a[0]
+    return tl.where(better, b[0], a[0]), tl.where(better, b[1], a[1])
 
 
 @triton.jit
-def _best_mask(x0, x1, x2, x3):
-    """Twin of `reference.best_mask` for rows of four lanes: int32, bit 4 * r + c set where (r, c) is kept."""
-    s0, s1, s2, s3 = _pair_sums(x0), _pair_sums(x1), _pair_sums(x2), _pair_sums(x3)
-    best, mask = s0[0] + s1[5], tl.full(s0[0].shape, 0xC3, tl.int32)
-    bottom, mask_b = s2[0] + s3[5], tl.full(s0[0].shape, 0xC300, tl.int32)
-    for p in tl.static_range(1, 6):  # rows 0, 1 complementary, and rows 2, 3
-        bits = ((_PAIR_BITS >> (4 * p)) & 15) | ((_PAIR_BITS >> (4 * (5 - p))) & 15) << 4
-        v = s0[p] + s1[5 - p]
-        mask, best = tl.where(v > best, bits, mask), tl.where(v > best, v, best)
-        v = s2[p] + s3[5 - p]
-        mask_b, bottom = tl.where(v > bottom, bits << 8, mask_b), tl.where(v > bottom, v, bottom)
-    best, mask = best + bottom, mask | mask_b
-    for p in tl.static_range(6):  # rows 0, 1 equal, rows 2, 3 their complement
-        b = (_PAIR_BITS >> (4 * p)) & 15
-        v = (s0[p] + s1[p]) + (s2[5 - p] + s3[5 - p])
-        mask, best = tl.where(v > best, b * 0x11 | (15 - b) * 0x1100, mask), tl.where(v > best, v, best)
-    for p in tl.static_range(6):  # one column shared by rows 0, 1; rows 2, 3 are the complements, in either order
-        for q in tl.static_range(p + 1, 6):
-            if p + q != 5:
-                b, d = (_PAIR_BITS >> (4 * p)) & 15, (_PAIR_BITS >> (4 * q)) & 15
-                u, swapped = s0[p] + s1[q], s0[q] + s1[p]
-                mask_u = tl.where(u >= swapped, b | d << 4, d | b << 4)
-                u = tl.where(u >= swapped, u, swapped)
-                v, swapped = s2[5 - p] + s3[5 - q], s2[5 - q] + s3[5 - p]
-                mask_v = tl.where(v >= swapped, (15 - b) << 8 | (15 - d) << 12, (15 - d) << 8 | (15 - b) << 12)
-                v = u + tl.where(v >= swapped, v, swapped)
-                mask, best = tl.where(v > best, mask_u | mask_v, mask), tl.where(v > best, v, best)
-    return mask
+def _both(a, b):
+    return a[0] + b[0], a[1] | b[1]
+
+
+@triton.jit
+def _share(yi, yj, zi, zj, Y: tl.constexpr, Z: tl.constexpr, I: tl.constexpr, J: tl.constexpr):
+    """The better way of sharing columns I and J between rows y and z, whose bits at column 0 are Y and Z."""
+    straight, swapped = yi + zj, yj + zi
+    better = swapped > straight
+    return tl.where(better, swapped, straight), tl.where(better, Y << J | Z << I, Y << I | Z << J)
+
+
+@triton.jit
+def _shared(y0, y1, y2, y3, z0, z1, z2, z3, Y: tl.constexpr, Z: tl.constexpr):
+    """`_share` of each pair of columns, in the order of `layout.PAIRS`."""
+    return (
+        _share(y0, y1, z0, z1, Y, Z, 0, 1),
+        _share(y0, y2, z0, z2, Y, Z, 0, 2),
+        _share(y0, y3, z0, z3, Y, Z, 0, 3),
+        _share(y1, y2, z1, z2, Y, Z, 1, 2),
+        _share(y1, y3, z1, z3, Y, Z, 1, 3),
+        _share(y2, y3, z2, z3, Y, Z, 2, 3),
+    )
+
+
+@triton.jit
+def _all_four(ways):
+    return _either(_both(ways[0], ways[5]), _both(ways[1], ways[4]))
+
+
+@triton.jit
+def _best_mask(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3):
+    """Twin of `reference.best_mask` of the rows a, b, c, d: int32, bit 4 * row + column set where it is kept."""
+    a0, a1, a2, a3 = _magnitude(a0), _magnitude(a1), _magnitude(a2), _magnitude(a3)
+    b0, b1, b2, b3 = _magnitude(b0), _magnitude(b1), _magnitude(b2), _magnitude(b3)
+    c0, c1, c2, c3 = _magnitude(c0), _magnitude(c1), _magnitude(c2), _magnitude(c3)
+    d0, d1, d2, d3 = _magnitude(d0), _magnitude(d1), _magnitude(d2), _magnitude(d3)
+    top = _shared(a0, a1, a2, a3, b0, b1, b2, b3, 0x1, 0x10)
+    bottom = _shared(c0, c1, c2, c3, d0, d1, d2, d3, 0x100, 0x1000)
+    a0, a1, a2, a3, c0, c1, c2, c3 = a0 + b0, a1 + b1, a2 + b2, a3 + b3, c0 + d0, c1 + d1, c2 + d2, c3 + d3
+    pairs = _shared(a0, a1, a2, a3, c0, c1, c2, c3, 0x11, 0x1100)
+    best = _either(_both(_all_four(top), _all_four(bottom)), _all_four(pairs))
+    for p in tl.static_range(6):
+        best = _either(best, _both(_both(top[p], bottom[p]), pairs[5 - p]))
+    return best[1]
+
+
+@triton.jit
+def _keep_of(x0, x1, x2, x3, mask, FIRST: tl.constexpr, STEP: tl.constexpr):
+    k0, k1 = (mask & (1 << FIRST)) != 0, (mask & (1 << (FIRST + STEP))) != 0
+    k2, k3 = (mask & (1 << (FIRST + 2 * STEP))) != 0, (mask & (1 << (FIRST + 3 * STEP))) != 0
+    first, last = tl.where(k0, x0, tl.where(k1, x1, x2)), tl.where(k3, x3, tl.where(k2, x2, x1))
+    return first, last, tl.where(k0, 0, tl.where(k1, 1, 2)) | tl.where(k3, 12, tl.where(k2, 8, 4))
 
 
 @triton.jit
 def _keep(x0, x1, x2, x3, mask, FIRST: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr):
     """Kept values [R, C, 2] and nibble of a line of a 4x4 tile, whose bits in `mask` are FIRST, FIRST + STEP, ..."""
-    k0, k1 = (mask & (1 << FIRST)) != 0, (mask & (1 << (FIRST + STEP))) != 0
-    k2, k3 = (mask & (1 << (FIRST + 2 * STEP))) != 0, (mask & (1 << (FIRST + 3 * STEP))) != 0
-    first = tl.where(k0, x0, tl.where(k1, x1, x2)).to(dtype)
-    last = tl.where(k3, x3, tl.where(k2, x2, x1)).to(dtype)
-    return tl.join(first, last), tl.where(k0, 0, tl.where(k1, 1, 2)) | tl.where(k3, 12, tl.where(k2, 8, 4))
+    first, last, nibble = _keep_of(x0, x1, x2, x3, mask, FIRST, STEP)
+    return tl.join(first.to(dtype), last.to(dtype)), nibble
 
 
 @triton.jit
@@ -106,7 +128,6 @@ def _interleave(x0, x1, x2, x3):
 
 @triton.jit
 def _nan(x):
-    x = x.to(tl.float32)  # the interpreter compares bf16 as integers
     return (x != x).to(tl.int32)
 
 
@@ -117,8 +138,7 @@ def _nans(x):
 
 @triton.jit
 def _sum_abs(x):
-    x0, x1, x2, x3 = x[0].to(tl.float32), x[1].to(tl.float32), x[2].to(tl.float32), x[3].to(tl.float32)
-    return (tl.abs(x0) + tl.abs(x1)) + (tl.abs(x2) + tl.abs(x3))
+    return (tl.abs(x[0]) + tl.abs(x[1])) + (tl.abs(x[2]) + tl.abs(x[3]))
 
 
 @triton.jit
@@ -192,7 +212,10 @@ def pack_weights_kernel(
         mask = load_tile_masks(metadata, row + r, (col + c0) // 4, rows, cols, ORDER, G)
         if SEARCH:
             old = mask
-            mask = _best_mask(x0, x1, x2, x3)
+            if INTERPRETED:
+                mask = _best_mask(*x0, *x1, *x2, *x3)
+            else:  # tile by tile: of several at once, the conditions would not fit into the predicate registers
+                mask = tl.map_elementwise(_best_mask, *x0, *x1, *x2, *x3)
             bits = mask ^ old
             bits = (bits & 0x5555) + ((bits >> 1) & 0x5555)
             bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
