@@ -99,6 +99,7 @@ class SparseGraph:
                 raise
             log.exception("sparse24: could not read a graph; it stays dense")
         self.sites: list[tuple[int, Linear]] = []  # (which input is the weight, its linear)
+        self.others: list[int] = []  # weights that are dense here as long as they are not in training
         together = self._together()
         for linear in self.linears:
             param: Any = example_inputs[position[linear.weight]] if linear.weight else None
@@ -115,9 +116,9 @@ class SparseGraph:
                 self.sites.append((position[linear.weight], linear))
             else:
                 self._leave_dense(param, linear, reason)
+                if linear in ready or reason == inference.NOT_TWO_FOUR:
+                    self.others.append(position[linear.weight])
         self.inference = bool(ready)
-        at_sites = {index for index, _ in self.sites}
-        self.others = [i for linear in self.linears if (i := position.get(linear.weight, -1)) not in (-1, *at_sites)]
         self.dynamic = any(_is_dynamic(n) for n in placeholders)
         self.variants: dict[int, Variant] = {}
         known = self._weights(example_inputs)
@@ -128,8 +129,8 @@ class SparseGraph:
     def _ready(self, linears: list[Linear], params: Mapping[str, Any]) -> tuple[list[Linear], set[Linear]]:
         """The linears of a graph that computes no gradient, and which of them have weights that are 2:4 as they came.
 
-        linears: as found under the recipe's `layers`. Those that are 2:4 are taken whatever `layers` says, frozen or not; beside them nothing is made sparse that is not in
-        training.
+        linears: as found under the recipe's `layers`. Those that are 2:4 are taken whatever `layers` says, frozen or
+        not; beside them nothing is made sparse that is not in training.
         """
         every = find_linears(
             self.tidied, layers=("*",), skip=self.recipe.skip, ineligible=lambda name: _unfit(params[name])

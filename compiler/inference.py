@@ -95,7 +95,7 @@ class Rows:
 @torch.inference_mode(False)  # a tensor made in inference mode could not be written again outside of it
 @torch.no_grad()
 def operand_of(members: tuple[SparseWeight, ...], dtype: torch.dtype, transposed: bool) -> Any:
-    """The operand of these weights for a forward without a backward, up to date; of pruned ones and ones in training."""
+    """The operand of these weights, pruned ones or ones in training, for a forward without a backward; up to date."""
     holder = next((w for w in members if w.pruned), None)
     if holder is None:
         return weights.operand_of(members, dtype, transposed)
