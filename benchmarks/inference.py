@@ -117,9 +117,7 @@ def main() -> None:
     prune(block)
     rows = []
     print(environment())
-    print(
-        f"{'tokens':>7s} {'with':16s} {'p20 ms':>8s} {'p50 ms':>8s} {'p80 ms':>8s} {'ratio':>6s} {'weights':>9s} peak"
-    )
+    print(f"{'tokens':>7s} {'with':16s}   p20 ms   p50 ms   p80 ms  ratio   weights     above")
     for tokens in [64, 128] if args.tiny else args.tokens:
         row = compare(block, tokens, args.when, args.tiny)
         rows.append(row)

@@ -105,7 +105,7 @@ class SparseGraph:
             param: Any = example_inputs[position[linear.weight]] if linear.weight else None
             reason = linear.reason
             if linear in ready:
-                reason = inference.why_dense(linear, together[linear], recipe, param.device)
+                reason = inference.why_dense(linear, together[linear][0], recipe, param.device)
                 if reason is None:
                     inference.attach(param, linear, recipe)
             elif reason is None:
@@ -147,8 +147,10 @@ class SparseGraph:
             decided.append(linear)
         return decided, ready
 
-    def _together(self) -> dict[Linear, int]:
-        """For each linear that may be sparse the out_features of the matmul it would be part of."""
+    def _together(self) -> dict[Linear, tuple[int, str | None]]:
+        """For each linear that may be sparse the out_features of the matmul it would be part of, and the activation
+        fused behind it.
+        """
         wanted = [linear for linear in self.linears if linear.reason is None]
         try:
             groups = groups_of(self.tidied, wanted)
@@ -156,8 +158,12 @@ class SparseGraph:
             if self.recipe.strict:
                 raise
             log.exception("sparse24: could not group the linears of a graph; each is measured by itself")
-            return {linear: linear.out_features for linear in wanted}
-        return {linear: sum(m.out_features for m in group.linears) for group in groups for linear in group.linears}
+            return {linear: (linear.out_features, None) for linear in wanted}
+        return {
+            linear: (sum(m.out_features for m in group.linears), group.kind)
+            for group in groups
+            for linear in group.linears
+        }
 
     @property
     def dense(self) -> Compiled:
@@ -313,11 +319,14 @@ def ineligible(param: Any) -> str | None:
     return reason
 
 
-def _by_speed(param: Tensor, linear: Linear, together: int, recipe: Recipe) -> tuple[str | None, Linear]:
+def _by_speed(
+    param: Tensor, linear: Linear, together: tuple[int, str | None], recipe: Recipe
+) -> tuple[str | None, Linear]:
     """(why it stays dense, or None;  the linear with its way of taking the weight gradient).
 
-    together: out_features of the matmul that it and its neighbours become; what is measured is that matmul, so the
-    neighbours find the same. A weight is decided on once: another graph, another number of tokens or a resumed run too.
+    together: out_features of the matmul that it and its neighbours become, and its activation; what is measured is that
+    matmul, so the neighbours find the same. A weight is decided on once: another graph, another number of tokens or a
+    resumed run too.
     """
     known = weights.get(param)
     if known is not None and known.recipe == recipe and known.decided and not known.pruned:
@@ -331,8 +340,9 @@ def _by_speed(param: Tensor, linear: Linear, together: int, recipe: Recipe) -> t
     if slow is not None:
         return slow, linear
     try:
-        shape = (together, linear.in_features, linear.tokens)
-        found = gain(*shape, linear.dtype, param.dtype, param.device, recipe.wgrad)
+        rows, kind = together
+        shape = (rows, linear.in_features, linear.tokens)
+        found = gain(*shape, linear.dtype, param.dtype, param.device, recipe.wgrad, kind)
     except torch.OutOfMemoryError:
         log.warning("sparse24: %s: no memory is left to measure whether it gains; it is sparse", linear.name)
         return None, replace(linear, wgrad=recipe.wgrad)

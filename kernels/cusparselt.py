@@ -143,30 +143,31 @@ class Plan:
         size = ctypes.c_size_t(0)
         _check(lib.cusparseLtMatmulGetWorkspace(h, self._plan.pointer, ctypes.byref(size)), "workspace")
         self.workspace = size.value
+        self._matmul = lib.cusparseLtMatmul
         self._one, self._zero = ctypes.byref(ctypes.c_float(1.0)), ctypes.byref(ctypes.c_float(0.0))
 
-    def __call__(self, packed: Tensor, b: Tensor, d: Tensor, accumulate: bool = False) -> None:
-        """d = A b, or d += A b, on the current stream. All tensors contiguous."""
+    def __call__(self, packed: Tensor, b: Tensor, d: Tensor) -> None:
+        """d = A b on the current stream of the current device. All tensors contiguous."""
         pointer = ctypes.c_void_p
+        # bound to a name: freed before the call, its memory could be another stream's
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=d.device) if self.workspace else None
         stream = pointer(torch.cuda.current_stream(d.device).cuda_stream)
         out = pointer(d.data_ptr())
-        _check(
-            library().cusparseLtMatmul(
-                self._handle.pointer,
-                self._plan.pointer,
-                self._one,
-                pointer(packed.data_ptr()),
-                pointer(b.data_ptr()),
-                self._one if accumulate else self._zero,
-                out,
-                out,
-                pointer(workspace.data_ptr() if workspace is not None else None),
-                ctypes.byref(stream),
-                1,
-            ),
-            "matmul",
+        status = self._matmul(
+            self._handle.pointer,
+            self._plan.pointer,
+            self._one,
+            pointer(packed.data_ptr()),
+            pointer(b.data_ptr()),
+            self._zero,
+            out,
+            out,
+            pointer(workspace.data_ptr() if workspace is not None else None),
+            ctypes.byref(stream),
+            1,
         )
+        if status:
+            _check(status, "matmul")
 
 
 class _PerThread(threading.local):

@@ -10,7 +10,7 @@ import torch
 
 from . import choice, layout, ops
 from .providers import Problem
-from .reference import padded
+from .reference import GATED, padded
 
 _TOGETHER = 16  # weights packed by one call where that is timed
 
@@ -31,13 +31,21 @@ class Gain:
 
 
 def gain(
-    rows: int, cols: int, tokens: int, dtype: torch.dtype, master: torch.dtype, device: torch.device, wgrad: str
+    rows: int,
+    cols: int,
+    tokens: int,
+    dtype: torch.dtype,
+    master: torch.dtype,
+    device: torch.device,
+    wgrad: str,
+    kind: str | None = None,
 ) -> Gain:
     """For a weight [rows, cols] of dtype `master`, multiplied in `dtype` with `tokens` tokens at an optimizer step
-    each.
+    each. kind: of the activation that is fused behind it.
 
-    Counted: forward, dgrad, wgrad; pruning and packing the output gradient; repacking the weight and the masked decay
-    once. The search of the masks, once in `refresh_every` steps, costs about as much as one repacking and is left out.
+    Counted: forward, dgrad, wgrad; pruning and packing the output gradient, where an activation is fused only what that
+    adds to its backward; repacking the weight and the masked decay once. The search of the masks, once in
+    `refresh_every` steps, costs about as much as one repacking and is left out.
     """
     if device.type != "cuda":
         return Gain(math.nan, math.nan, wgrad)
@@ -48,7 +56,10 @@ def gain(
     product = choice.choose(Problem("wgrad", rows, padded(tokens), cols, dtype, device))
     dense_wgrad, sparse_wgrad = product.dense_ms, math.inf
     if wgrad == "mvue":
-        sparse_wgrad = product.ms + _kernel_ms("pack_gradient", tokens, rows, dtype, dtype, device)
+        if kind is None:
+            sparse_wgrad = product.ms + _kernel_ms("pack_gradient", tokens, rows, dtype, dtype, device)
+        else:
+            sparse_wgrad = product.ms + _fused_packing_ms(tokens, rows, kind, dtype, device)
     kept = "mvue" if sparse_wgrad < dense_wgrad else "dense"
     return Gain(sparse + min(sparse_wgrad, dense_wgrad), dense + dense_wgrad, kept)
 
@@ -82,5 +93,20 @@ def _kernel_ms(
                 ops.masked_decay_(grads, blocks, 1e-4)
 
             return choice.time_ms(step, 5) / _TOGETHER
+
+    return choice.kept(device, key, measure)
+
+
+def _fused_packing_ms(tokens: int, width: int, kind: str, dtype: torch.dtype, device: torch.device) -> float:
+    """ms that packing adds to the backward of the activation of a [tokens, width] matrix."""
+    key = f"fused packing {tokens}x{width} {kind} {dtype}".replace("torch.", "")
+
+    def measure() -> float:
+        with torch.no_grad(), torch.cuda.device(device):
+            z = torch.randn(tokens, width, device=device).to(dtype)
+            dh = z[:, : width // 2 if kind in GATED else width].contiguous()
+            seeds = torch.zeros(1, dtype=torch.int64, device=device)
+            packing = choice.time_ms(lambda: ops.glu_backward_pack(dh, z, None, kind, seeds, 0), 5)
+            return packing - choice.time_ms(lambda: ops.glu_backward(dh, z, None, kind), 5)
 
     return choice.kept(device, key, measure)

@@ -17,6 +17,7 @@ The CPU holds the sm_90 form, so a test on the CPU checks the bytes that a Hoppe
 same form (twice the bytes for values); no tensor core reads it, the reference does.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ NIBBLES = tuple(i | j << 2 for i, j in PAIRS)
 TILE = 64
 #: Rows come in blocks of this many in each order of the metadata.
 ROW_BLOCK = {"sm_90": 64, "sm_80": 128}
+
+_NOWHERE_ELSE = nullcontext()
 
 
 class Block(NamedTuple):
@@ -49,12 +52,19 @@ class Block(NamedTuple):
     cols: int
 
 
+@lru_cache(maxsize=64)
 def arch(device: torch.device) -> str | None:
     """The metadata order that sparse tensor cores of `device` read: "sm_90" (also for the CPU), "sm_80", or None."""
     if device.type != "cuda":
         return "sm_90"
     major = torch.cuda.get_device_capability(device)[0]
     return {8: "sm_80", 9: "sm_90"}.get(major)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the current one, as both Triton and cuSPARSELt want it; nothing is done where it is already."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else _NOWHERE_ELSE
 
 
 def metadata_order(device: torch.device) -> str:
@@ -67,17 +77,22 @@ def numel(rows: int, cols: int, dtype: torch.dtype) -> int:
     return rows * cols // 2 + rows * cols // 8 // dtype.itemsize
 
 
-def split(packed: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    """Views of a packed buffer: values [rows, cols / 2] and metadata uint8 [rows * cols / 8].
-
-    Raises ValueError where the buffer is not the packed form of such a matrix.
-    """
+def check(packed: Tensor, rows: int, cols: int) -> None:
+    """Raise ValueError where a buffer is not the packed form of a [rows, cols] matrix."""
     expected = numel(rows, cols, packed.dtype)
     if packed.dim() != 1 or packed.numel() != expected or not packed.is_contiguous():
         raise ValueError(
             f"sparse24: found a packed buffer of shape {tuple(packed.shape)} ({packed.dtype}), need one contiguous "
             f"dimension of {expected} elements for a {rows}x{cols} matrix"
         )
+
+
+def split(packed: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """Views of a packed buffer: values [rows, cols / 2] and metadata uint8 [rows * cols / 8].
+
+    Raises ValueError where the buffer is not the packed form of such a matrix.
+    """
+    check(packed, rows, cols)
     values = packed[: rows * cols // 2].view(rows, cols // 2)
     return values, packed[rows * cols // 2 :].view(torch.uint8)
 

@@ -113,15 +113,15 @@ class _SparseLinearGLU(torch.autograd.Function):
         dbias: Tensor | None = None
         dws: Sequence[Tensor | None] = [None] * len(ctx.sizes)
         if need_w and ctx.wgrad == "mvue":
-            d, packed_d = ops.glu_backward_pack(dh, gate_up, bias, ctx.kind, seeds, ctx.index)
+            d, packed_d, sums = ops.glu_backward_pack(dh, gate_up, bias, ctx.kind, seeds, ctx.index)
             dw = ops.wgrad(packed_d, tokens, d.shape[1])
         else:
-            d = ops.glu_backward(dh, gate_up, bias, ctx.kind)
+            d = sums = ops.glu_backward(dh, gate_up, bias, ctx.kind)
             dw = d.t() @ tokens if need_w else d
         if need_w:
             dws = _split_wgrad(dw, ctx.sizes, ctx.dtypes, ctx.transposed)
         if need_x:
             dx = ops.spmm(packed_t, d, tokens.shape[1])
         if need_bias:
-            dbias = d.sum(0, dtype=torch.float32).to(bias.dtype)
+            dbias = sums.sum(0, dtype=torch.float32).to(bias.dtype)
         return dx, None, None, None, dbias, None, None, None, None, *dws

@@ -37,7 +37,8 @@ _define("pack_gradient(Tensor dy, Tensor seeds, int index) -> Tensor")
 _define("glu(Tensor gate_up, Tensor? bias, str kind) -> Tensor")
 _define("glu_backward(Tensor dh, Tensor gate_up, Tensor? bias, str kind) -> Tensor")
 _define(
-    "glu_backward_pack(Tensor dh, Tensor gate_up, Tensor? bias, str kind, Tensor seeds, int index) -> (Tensor, Tensor)"
+    "glu_backward_pack(Tensor dh, Tensor gate_up, Tensor? bias, str kind, Tensor seeds, int index)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -77,8 +78,12 @@ def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) ->
 
 def glu_backward_pack(
     dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
-) -> tuple[Tensor, Tensor]:
-    """`glu_backward` and `pack_gradient` of its result, from one read of dh and gate_up."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`glu_backward` and `pack_gradient` of its result, from one read of dh and gate_up.
+
+    The third result is what the bias gradient is the column sum of: sums over 64 tokens each, fp32 [T' / 64, 2F or F];
+    without a bias [0, 2F or F].
+    """
     return torch.ops.sparse24.glu_backward_pack(dh, gate_up, bias, kind, seeds, index)
 
 
@@ -163,9 +168,13 @@ def _(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 
 
 @torch.library.register_fake("sparse24::glu_backward_pack", lib=_lib)
-def _(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int) -> tuple[Tensor, Tensor]:
+def _(
+    dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens, features = gate_up.shape
-    return gate_up.new_empty(tokens, features), gate_up.new_empty(layout.numel(features, padded(tokens), gate_up.dtype))
+    packed = gate_up.new_empty(layout.numel(features, padded(tokens), gate_up.dtype))
+    tiles = 0 if bias is None else padded(tokens) // layout.TILE
+    return gate_up.new_empty(tokens, features), packed, gate_up.new_empty(tiles, features, dtype=torch.float32)
 
 
 def _glu_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

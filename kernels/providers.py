@@ -91,8 +91,10 @@ class CusparseLt:
         else:
             x = _padded(x, problem.inner, shape.n)
             y = x.new_empty(problem.rows, shape.n)
-        with torch.cuda.device(problem.device):
+        with layout.on(problem.device):
             cusparselt.plan(shape, algorithm, problem.device)(packed, x, y)
+        if shape.n == problem.outer:
+            return y
         return y[: problem.outer] if problem.direction == "spmm" else y[:, : problem.outer].contiguous()
 
 
@@ -136,8 +138,9 @@ def _aligned(outer: int) -> int:
 
 def _padded(x: Tensor, rows: int, cols: int) -> Tensor:
     """x [<= rows, <= cols] with zeros behind, contiguous; x itself where it fits already."""
-    short = (0, cols - x.shape[1], 0, rows - x.shape[0])
-    return (F.pad(x, short) if any(short) else x).contiguous()
+    if x.shape != (rows, cols):
+        x = F.pad(x, (0, cols - x.shape[1], 0, rows - x.shape[0]))
+    return x.contiguous()
 
 
 def why_slow(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> str | None:

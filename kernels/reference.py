@@ -246,7 +246,16 @@ def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) ->
 
 def glu_backward_pack(
     dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of `ops.glu_backward_pack`."""
     d = glu_backward(dh, gate_up, bias, kind)
-    return d, pack_gradient(d, seeds, index)
+    return d, pack_gradient(d, seeds, index), tile_sums(d, bias)
+
+
+def tile_sums(d: Tensor, bias: Tensor | None) -> Tensor:
+    """Sums of d [T, F] over 64 tokens each, fp32 [T' / 64, F]; [0, F] where there is no bias to want them."""
+    tokens, width = d.shape
+    if bias is None:
+        return d.new_empty(0, width, dtype=torch.float32)
+    rest = padded(tokens) - tokens
+    return F.pad(d, (0, 0, 0, rest)).view(-1, layout.TILE, width).sum(1, dtype=torch.float32)

@@ -4,7 +4,6 @@ Every kernel is launched without FMA contraction: where something is decided (wh
 rounding of each operation are those of `reference`, bit by bit.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -179,8 +178,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     """Run `kernel` on `device` (Triton itself launches on the current one); an empty grid is no launch."""
     if 0 in grid:
         return
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+    with layout.on(device):
         kernel[grid](*args, **constants, enable_fp_fusion=False)
 
 
@@ -200,6 +198,6 @@ def check_matrix(rows: int, cols: int, order: str) -> None:
 
 def check_packed(packed: Tensor, rows: int, cols: int) -> None:
     """Raise ValueError where `packed` is not the packed form of a [rows, cols] matrix, at an aligned address."""
-    layout.split(packed, rows, cols)
+    layout.check(packed, rows, cols)
     if packed.data_ptr() % 16:
         raise ValueError("sparse24: found a packed buffer at an odd address, need one aligned to 16 bytes")

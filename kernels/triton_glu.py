@@ -1,7 +1,8 @@
 """Gated activations and the exact MVUE pruning of gradients, alone and fused: Triton.
 
-The fused backward reads dh and gate_up once and writes the dense gradient (dgrad reads it) and its packed 2:4 form
-(wgrad reads it). A program takes 64 tokens by 64 features; a thread holds whole groups of four tokens.
+The fused backward reads dh and gate_up once and writes the dense gradient (dgrad reads it), its packed 2:4 form (wgrad
+reads it) and, for the bias, its sums over 64 tokens each. A program takes 64 tokens by 64 features; a thread holds
+whole groups of four tokens.
 """
 
 import torch
@@ -20,6 +21,18 @@ def _load_row(at, present):
     return tl.load(at, mask=present, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _tile(down, across, GROUP: tl.constexpr):
+    """Row and column of this program's tile: GROUP tiles down, then the next column, through a band of GROUP rows.
+
+    Programs that run together so touch wide rows of what they read, and long rows of the transposed form they write.
+    """
+    band = tl.program_id(0) // (GROUP * across)
+    height = tl.minimum(down - band * GROUP, GROUP)
+    rest = tl.program_id(0) - band * GROUP * across
+    return band * GROUP + rest % height, rest // height
+
+
 @triton.jit(do_not_specialize=["tokens", "index"])
 def pack_gradient_kernel(
     dy,  # [tokens, features], rows `stride` apart
@@ -33,14 +46,19 @@ def pack_gradient_kernel(
     ORDER: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    t0, f0 = tl.program_id(0) * BT, tl.program_id(1) * BF
+    down, across = _tile(padded // BT, features // BF, GROUP)
+    t0, f0 = down * BT, across * BF
     t = t0 + 4 * tl.arange(0, BT // 4)[:, None]
     at = dy + t.to(tl.int64) * stride + (f0 + tl.arange(0, BF))[None, :]
     x0, x1 = _load_row(at, t < tokens), _load_row(at + stride, t + 1 < tokens)
     x2 = _load_row(at + stride + stride, t + 2 < tokens)
     x3 = _load_row(at + stride + stride + stride, t + 3 < tokens)
     prune_and_store(packed, x0, x1, x2, x3, tl.load(seeds + index), t0, f0, padded, features, ORDER, BT, BF)
+
+
+_GROUP = 8  # tiles of tokens that programs running together share
 
 
 def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
@@ -55,7 +73,7 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
     packed = dy.new_empty(layout.numel(features, padded, dy.dtype))
     launch(
         pack_gradient_kernel,
-        (padded // layout.TILE, features // layout.TILE),
+        (padded // layout.TILE * (features // layout.TILE),),
         dy.device,
         dy.detach(),
         packed,
@@ -68,6 +86,7 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
         ORDER=order,
         BT=layout.TILE,
         BF=layout.TILE,
+        GROUP=_GROUP,
         num_warps=4,
     )
     return packed
@@ -195,6 +214,7 @@ def glu_backward_pack_kernel(
     bias,
     d,  # of the shape of z
     packed,  # of d^T: [columns of z, padded]
+    sums,  # fp32 [padded / BT, columns of z]: of d over the tokens of a tile, where HAS_BIAS
     seeds,  # int64
     tokens,
     padded,
@@ -206,8 +226,10 @@ def glu_backward_pack_kernel(
     ORDER: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    t0, f0 = tl.program_id(0) * BT, tl.program_id(1) * BF
+    down, across = _tile(padded // BT, features // BF, GROUP)
+    t0, f0 = down * BT, across * BF
     t, f = t0 + 4 * tl.arange(0, BT // 4)[:, None], f0 + tl.arange(0, BF)[None, :]
     p0, p1, p2, p3 = t < tokens, t + 1 < tokens, t + 2 < tokens, t + 3 < tokens
     # All loads come before the first store: nothing tells the compiler that d does not alias its inputs.
@@ -225,9 +247,14 @@ def glu_backward_pack_kernel(
     gate3, up3 = _backward(d, dh3, gate3, up3, t + 3, f, p3, features, KIND, GATED)
     x0, x1, x2, x3 = _wide(gate0, p0), _wide(gate1, p1), _wide(gate2, p2), _wide(gate3, p3)
     width = 2 * features if GATED else features
+    sums += down.to(tl.int64) * width + f0 + tl.arange(0, BF)
+    if HAS_BIAS:
+        tl.store(sums, tl.sum((x0 + x1) + (x2 + x3), 0))
     prune_and_store(packed, x0, x1, x2, x3, seed, t0, f0, padded, width, ORDER, BT, BF)
     if GATED:
         x0, x1, x2, x3 = _wide(up0, p0), _wide(up1, p1), _wide(up2, p2), _wide(up3, p3)
+        if HAS_BIAS:
+            tl.store(sums + features, tl.sum((x0 + x1) + (x2 + x3), 0))
         prune_and_store(packed, x0, x1, x2, x3, seed, t0, features + f0, padded, width, ORDER, BT, BF)
 
 
@@ -280,7 +307,7 @@ def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) ->
 
 def glu_backward_pack(
     dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of `reference.glu_backward_pack`. The packed form is that of the rounded gradient, bit for bit."""
     order = layout.metadata_order(gate_up.device)
     tokens, features, constants = _problem(gate_up, bias, kind)
@@ -289,20 +316,22 @@ def glu_backward_pack(
     _check_seeds(seeds, index)
     if features % layout.TILE:  # gate and up share a tile of rows
         d = glu_backward(dh, gate_up, bias, kind)
-        return d, pack_gradient(d, seeds, index)
+        return d, pack_gradient(d, seeds, index), reference.tile_sums(d, bias)
     dh = _same_rows(dh, tokens, features)
     z = gate_up.detach().contiguous()
     b = z if bias is None else bias.detach().contiguous()
     d, packed = z.new_empty(z.shape), z.new_empty(layout.numel(width, padded, z.dtype))
+    sums = z.new_empty(0 if bias is None else padded // layout.TILE, width, dtype=torch.float32)
     launch(
         glu_backward_pack_kernel,
-        (padded // layout.TILE, features // layout.TILE),
+        (padded // layout.TILE * (features // layout.TILE),),
         z.device,
         dh,
         z,
         b,
         d,
         packed,
+        sums,
         seeds,
         tokens,
         padded,
@@ -312,6 +341,7 @@ def glu_backward_pack(
         ORDER=order,
         BT=layout.TILE,
         BF=layout.TILE,
+        GROUP=_GROUP,
         num_warps=8,  # of 4, too few fit on a multiprocessor to hide the latency of its loads
     )
-    return d, packed
+    return d, packed, sums

@@ -338,9 +338,10 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
     device = blocks[0].packed.device
     stats = torch.zeros(len(blocks), 2, dtype=torch.int64, device=device)
     launches: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+    order = layout.metadata_order(device)
     for i, block in enumerate(blocks):
-        _check_block(block, layout.metadata_order(device))
-        check_matrix(block.cols, block.rows, layout.metadata_order(device))
+        _check_block(block, order)
+        check_matrix(block.cols, block.rows, order)
         check_packed(block.packed_t, block.cols, block.rows)
         key = (block.w.dtype, block.packed.dtype, _unit(block.w))
         launches.setdefault(key, []).append((*_row_of(block), block.packed_t.data_ptr(), i))
@@ -354,8 +355,9 @@ def masked_decay_(grads: Sequence[Tensor], blocks: Sequence[Block], decay: float
     """Twin of `reference.masked_decay_`, which defines it. Gradients and weights may have any strides."""
     launches: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
     device = blocks[0].packed.device
+    order = layout.metadata_order(device)
     for grad, block in zip(grads, blocks, strict=True):
-        _check_block(block, layout.metadata_order(device))
+        _check_block(block, order)
         check_dtypes(grad=grad)
         _check_device(grad, block.packed.device)
         if grad.shape != block.w.shape:

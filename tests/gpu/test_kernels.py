@@ -180,7 +180,8 @@ def test_activations_are_those_of_float64_to_rounding(order, kind, biased, dtype
     tolerance = {"rtol": (0.51 if dtype != torch.float32 else 40) * torch.finfo(dtype).eps, "atol": 2e-5}
     torch.testing.assert_close(h.cpu().double(), ops.glu(*wide[1:], kind), **tolerance)
     torch.testing.assert_close(d.cpu().double(), ops.glu_backward(*wide, kind), **tolerance)
-    d_, packed = ops.glu_backward_pack(*on_gpu, kind, seeds.to(GPU), 0)
+    d_, packed, sums = ops.glu_backward_pack(*on_gpu, kind, seeds.to(GPU), 0)
+    torch.testing.assert_close(sums.cpu(), reference.tile_sums(d.cpu(), bias), rtol=1e-5, atol=1e-4)
     assert torch.equal(d_, d)
     assert_same_packed(packed, ops.pack_gradient(d.cpu(), seeds, 0), width, reference.padded(tokens))
 

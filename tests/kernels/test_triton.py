@@ -212,7 +212,8 @@ def test_glu_backward_pack(fast, device, same_packed, kind, dtype):
     gate_up, bias, seeds = (2 * torch.randn(67, 128)).to(dtype), torch.randn(128).to(dtype), torch.tensor([1, -2])
     dh = torch.randn(67, 64 if kind in reference.GATED else 128).to(dtype)
     args = dh.to(device), gate_up.to(device), bias.to(device), kind
-    d, packed = fast.glu_backward_pack(*args, seeds.to(device), 1)
+    d, packed, sums = fast.glu_backward_pack(*args, seeds.to(device), 1)
+    torch.testing.assert_close(sums.cpu(), reference.tile_sums(d.cpu(), bias), rtol=1e-5, atol=1e-4)
     assert torch.equal(d, fast.glu_backward(*args))
     same_packed(packed, reference.pack_gradient(d.cpu(), seeds, 1), 128, 128)
     expected = reference.glu_backward(dh, gate_up, bias, kind)
@@ -225,19 +226,33 @@ def test_glu_backward_pack_with_rest_rows_and_an_infinite_bias(fast, device, sam
     gate_up, bias, seeds = torch.randn(5, width), torch.randn(width), torch.tensor([4])
     bias[1], bias[-1] = INF, NAN
     dh = torch.randn(5, width // 2 if kind in reference.GATED else width)
-    d, packed = fast.glu_backward_pack(*(x.to(device) for x in (dh, gate_up, bias)), kind, seeds.to(device), 0)
+    d, packed, sums = fast.glu_backward_pack(*(x.to(device) for x in (dh, gate_up, bias)), kind, seeds.to(device), 0)
     same_packed(packed, reference.pack_gradient(d.cpu(), seeds, 0), width, 64)
+    expected = reference.tile_sums(d.cpu(), bias)
+    torch.testing.assert_close(sums.cpu(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "relu"])
+def test_tiles_in_bands_are_each_taken_once(fast, device, same_packed, kind):
+    """More tiles of tokens than a band holds, with a shorter last band, and several of features."""
+    gate_up, seeds = torch.randn(64 * 10 + 3, 384), torch.tensor([4])
+    dh = torch.randn(643, 192 if kind == "swiglu" else 384)
+    d, packed, sums = fast.glu_backward_pack(dh.to(device), gate_up.to(device), None, kind, seeds.to(device), 0)
+    assert torch.equal(d, fast.glu_backward(dh.to(device), gate_up.to(device), None, kind)) and len(sums) == 0
+    expected = reference.pack_gradient(d.cpu(), seeds, 0)
+    same_packed(packed, expected, 384, 704)
+    same_packed(fast.pack_gradient(d, seeds.to(device), 0), expected, 384, 704)
 
 
 def test_glu_backward_pack_in_both_orders(fast, device, order, same_packed):
     gate_up, dh, seeds = torch.randn(64, 256), torch.randn(64, 128), torch.tensor([4])
-    d, packed = fast.glu_backward_pack(dh.to(device), gate_up.to(device), None, "swiglu", seeds.to(device), 0)
+    d, packed, _ = fast.glu_backward_pack(dh.to(device), gate_up.to(device), None, "swiglu", seeds.to(device), 0)
     same_packed(packed, reference.pack_gradient(d.cpu(), seeds, 0), 256, 64)
 
 
 def test_nothing_makes_nothing(fast, device, poisoned):
     seeds = torch.tensor([4], device=device)
-    d, packed = fast.glu_backward_pack(
+    d, packed, _ = fast.glu_backward_pack(
         torch.empty(0, 64, device=device), torch.empty(0, 128, device=device), None, "swiglu", seeds, 0
     )
     assert d.shape == (0, 128) and packed.shape == (0,)

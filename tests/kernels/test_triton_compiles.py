@@ -15,9 +15,9 @@ import pytest
 
 ORDERS = {90: "sm_90", 80: "sm_80"}
 TABLE = {"T": 64, "STRIP": 4, "FIELDS": 12}
-TOKENS = {"BT": 64, "BF": 64}
+TOKENS = {"BT": 64, "BF": 64, "GROUP": 8}
 SWIGLU = {"KIND": "silu", "GATED": True, "HAS_BIAS": True}
-POINTERS = {"stats": "i64", "seeds": "i64", "table": "i64", "strips": "i32"}
+POINTERS = {"sums": "fp32", "stats": "i64", "seeds": "i64", "table": "i64", "strips": "i32"}
 TENSORS = ("packed", "dy", "dh", "z", "bias", "d", "h", *POINTERS)
 FP32, BF16 = "fp32", "bf16"
 ELEMENTWISE = ("glu_kernel", "glu_backward_kernel")
