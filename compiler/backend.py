@@ -227,7 +227,7 @@ class SparseGraph:
             return self._variant(0, args, known, at_compile_time)
 
     def _leave_dense(self, param: Any, linear: Linear, reason: str) -> None:
-        if linear.wanted and not reason.startswith(weights.SLOWER):
+        if linear.wanted and not reason.startswith((weights.SLOWER, inference.SLOWER)):
             message = f"sparse24: {linear.name}: {reason}; it stays dense (skip it to silence this)"
             if self.recipe.strict:
                 raise SkippedError(message)

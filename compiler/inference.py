@@ -17,8 +17,10 @@ from ..kernels.providers import Problem
 from ..passes.find import Linear
 from . import weights
 from .recipe import Recipe
-from .weights import SLOWER, SparseWeight, stamp
+from .weights import SparseWeight, stamp
 
+#: How the reason begins of a layer that is dense because its forward is faster so. Training decides for itself.
+SLOWER = "dense is faster in the forward"
 NOT_TWO_FOUR = "it is not 2:4 along in_features, and no gradient is computed that could train it so"
 
 
@@ -160,7 +162,7 @@ def why_dense(linear: Linear, together: int, recipe: Recipe, device: torch.devic
         return slow
     found = choice.choose(Problem("spmm", together, linear.in_features, linear.tokens, linear.dtype, device))
     if found.ms >= found.dense_ms:  # nan on a CPU: nothing was measured
-        return f"{SLOWER}, {found.dense_ms:.2f} ms a forward against {found.ms:.2f} ms"
+        return f"{SLOWER}, {found.dense_ms:.2f} ms against {found.ms:.2f} ms"
     return None
 
 
