@@ -27,10 +27,11 @@ from ..passes.graph import copy_of
 from ..passes.rewrite import Group, groups_of, rewrite
 from ..passes.tidy import tidy
 from . import (
-    step as step,  # registers the optimizer hooks
+    inference,
+    weights,
 )
 from . import (
-    weights,
+    step as step,  # registers the optimizer hooks
 )
 from .errors import BackendError, SkippedError
 from .recipe import Recipe
@@ -61,7 +62,7 @@ def sparse24(
     if any(isinstance(x, FakeTensor) for x in example_inputs):
         return _compile_inner(gm, example_inputs, recipe, mode)  # traced without data: there are no weights to pack
     graph = SparseGraph(gm, example_inputs, recipe, mode)
-    return graph if graph.sites else graph.dense
+    return graph if graph.sites or graph.inference else graph.dense
 
 
 class SparseGraph:
@@ -73,40 +74,78 @@ class SparseGraph:
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], recipe: Recipe, mode: str | None) -> None:
         self.original, self.recipe, self.mode = gm, recipe, mode
+        self._decide(example_inputs, at_compile_time=True)
+
+    def _decide(self, example_inputs: Sequence[Any], at_compile_time: bool) -> None:
+        """Find the linears, decide which are sparse, and compile for the weights at hand."""
+        gm, recipe = self.original, self.recipe
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         position = {n.name: i for i, n in enumerate(placeholders)}
+        self.forward_only = inference.forward_only(gm, example_inputs)
         self.tidied = gm
         self.linears: list[Linear] = []
+        ready: set[Linear] = set()  # of those, the ones whose weights are multiplied as they came
         try:
             self.tidied = tidy(copy_of(gm))  # a copy: Dynamo reads its own placeholders afterwards
-            self.linears = find_linears(
-                self.tidied,
-                layers=recipe.layers,
-                skip=recipe.skip,
-                ineligible=lambda placeholder: ineligible(example_inputs[position[placeholder]]),
+            params = {n.name: x for n, x in zip(placeholders, example_inputs, strict=True)}
+            linears = find_linears(
+                self.tidied, layers=recipe.layers, skip=recipe.skip, ineligible=lambda name: ineligible(params[name])
             )
+            if self.forward_only:
+                linears, ready = self._ready(linears, params)
+            self.linears = linears
         except Exception:
             if recipe.strict:
                 raise
             log.exception("sparse24: could not read a graph; it stays dense")
         self.sites: list[tuple[int, Linear]] = []  # (which input is the weight, its linear)
+        self.others: list[int] = []  # weights that are dense here as long as they are not in training
         together = self._together()
         for linear in self.linears:
             param: Any = example_inputs[position[linear.weight]] if linear.weight else None
             reason = linear.reason
+            if linear in ready:
+                reason = inference.why_dense(linear, together[linear][0], recipe, param.device)
+                if reason is None:
+                    inference.attach(param, linear, recipe)
+            elif reason is None:
+                reason, linear = _by_speed(param, linear, together[linear], recipe)
+                if reason is None:
+                    weights.attach(param, linear.name, recipe).wgrad = linear.wgrad
             if reason is None:
-                reason, linear = _decide(param, linear, together[linear], recipe)
-            if reason is None:
-                weights.attach(param, linear.name, recipe).wgrad = linear.wgrad
                 self.sites.append((position[linear.weight], linear))
             else:
                 self._leave_dense(param, linear, reason)
+                if linear in ready or reason == inference.NOT_TWO_FOUR:
+                    self.others.append(position[linear.weight])
+        self.inference = bool(ready)
         self.dynamic = any(_is_dynamic(n) for n in placeholders)
         self.variants: dict[int, Variant] = {}
         known = self._weights(example_inputs)
-        self._variant(_active(known), example_inputs, known, at_compile_time=True)
+        self._variant(_active(known), example_inputs, known, at_compile_time)
         if self.dynamic and self.sites:
-            self._variant(0, example_inputs, known, at_compile_time=True)
+            self._variant(0, example_inputs, known, at_compile_time)
+
+    def _ready(self, linears: list[Linear], params: Mapping[str, Any]) -> tuple[list[Linear], set[Linear]]:
+        """The linears of a graph that computes no gradient, and which of them have weights that are 2:4 as they came.
+
+        linears: as found under the recipe's `layers`. Those that are 2:4 are taken whatever `layers` says, frozen or
+        not; beside them nothing is made sparse that is not in training.
+        """
+        every = find_linears(
+            self.tidied, layers=("*",), skip=self.recipe.skip, ineligible=lambda name: _unfit(params[name])
+        )
+        ready = {m for m in every if m.reason is None and inference.is_ready(params[m.weight], m)}
+        if not ready:
+            return linears, ready
+        decided = []
+        for linear, unrestricted in zip(linears, every, strict=True):
+            if unrestricted in ready:
+                linear = unrestricted
+            elif linear.reason is None and not inference.in_training(params[linear.weight]):
+                linear = replace(linear, reason=inference.NOT_TWO_FOUR)
+            decided.append(linear)
+        return decided, ready
 
     def _together(self) -> dict[Linear, tuple[int, str | None]]:
         """For each linear that may be sparse the out_features of the matmul it would be part of, and the activation
@@ -134,11 +173,15 @@ class SparseGraph:
         return compiled
 
     def __call__(self, *args: Any) -> Any:
+        if self.inference and any(inference.in_training(args[i]) for i in self.others):
+            self._decide(args, at_compile_time=False)  # a layer left dense here trains sparse since
         known = self._weights(args)
         return self._variant(_active(known), args, known)(args, known)
 
     def _weights(self, args: Sequence[Any]) -> list[SparseWeight]:
         """The state of each site's weight; a block that comes by for the first time gets its own here."""
+        if self.inference:
+            return [inference.attach(args[index], linear, self.recipe) for index, linear in self.sites]
         return [
             weights.get(args[index]) or weights.attach(args[index], linear.name, self.recipe)
             for index, linear in self.sites
@@ -166,7 +209,8 @@ class SparseGraph:
         try:
             linears = [self.sites[i][1] for i in sites]
             at = dict(zip(linears, sites, strict=True))
-            variant = Variant(groups=[(g, [at[linear] for linear in g.linears]) for g in rewrite(gm, linears)])
+            groups = [(g, [at[linear] for linear in g.linears]) for g in rewrite(gm, linears)]
+            variant = Variant(groups=groups, forward_only=self.forward_only)
             _name_sources(gm)
             examples = variant.examples(known, static=inner.inner != "eager")
             variant.compiled = _compile_inner(gm, [*args, *examples], inner, self.mode)
@@ -183,7 +227,7 @@ class SparseGraph:
             return self._variant(0, args, known, at_compile_time)
 
     def _leave_dense(self, param: Any, linear: Linear, reason: str) -> None:
-        if linear.wanted and not reason.startswith(weights.SLOWER):
+        if linear.wanted and not reason.startswith((weights.SLOWER, inference.SLOWER)):
             message = f"sparse24: {linear.name}: {reason}; it stays dense (skip it to silence this)"
             if self.recipe.strict:
                 raise SkippedError(message)
@@ -197,11 +241,17 @@ class SparseGraph:
 class Variant:
     """A compiled graph. Its sparse layers get the operands and random seeds of the weights of a call.
 
-    groups: what became one matmul, with the sites that its weights stand at; none in the dense graph.
+    groups: what became one matmul, with the sites that its weights stand at; none in the dense graph. forward_only:
+    it computes no gradient, and takes no transposes.
     """
 
-    def __init__(self, compiled: Compiled | None = None, groups: Sequence[tuple[Group, Sequence[int]]] = ()) -> None:
-        self.compiled, self.groups = compiled, groups
+    def __init__(
+        self,
+        compiled: Compiled | None = None,
+        groups: Sequence[tuple[Group, Sequence[int]]] = (),
+        forward_only: bool = False,
+    ) -> None:
+        self.compiled, self.groups, self.forward_only = compiled, groups, forward_only
         self.draws = any(group.wgrad == "mvue" for group, _ in groups)
 
     def _operands(self, members: list[tuple[SparseWeight, ...]]) -> list[Tensor]:
@@ -209,7 +259,10 @@ class Variant:
         for (group, _), together in zip(self.groups, members, strict=True):
             for weight in together:
                 weight.follow()
-            tensors += weights.operand_of(together, group.dtype, group.transposed).inputs
+            if self.forward_only:
+                tensors += inference.operand_of(together, group.dtype, group.transposed).forward_inputs
+            else:
+                tensors += weights.operand_of(together, group.dtype, group.transposed).inputs
         return tensors
 
     def _members(self, known: list[SparseWeight]) -> list[tuple[SparseWeight, ...]]:
@@ -244,8 +297,8 @@ def _active(known: list[SparseWeight]) -> int:
     return sum(weight.sparse << i for i, weight in enumerate(known))
 
 
-def ineligible(param: Any) -> str | None:
-    """Why a graph input cannot be a sparse weight, None where it can. A weight that is sparse already may be frozen."""
+def _unfit(param: Any) -> str | None:
+    """Why a graph input cannot be a sparse weight, be it for a forward alone; None where it can."""
     if not isinstance(param, torch.nn.Parameter):
         return "its weight is not an nn.Parameter"
     if is_traceable_wrapper_subclass(param):
@@ -254,13 +307,19 @@ def ineligible(param: Any) -> str | None:
         return f"its weight is on device {param.device}, need cpu or cuda"
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {str(param.dtype).removeprefix('torch.')}, need float32, bfloat16 or float16"
-    known = weights.get(param)
-    if not param.requires_grad and (known is None or known.reason_skipped is not None):
-        return "its weight is frozen (requires_grad=False)"
     return None
 
 
-def _decide(
+def ineligible(param: Any) -> str | None:
+    """Why a graph input cannot be trained sparse, None where it can. A weight that is sparse already may be frozen."""
+    reason = _unfit(param)
+    known = weights.get(param) if reason is None else None
+    if reason is None and not param.requires_grad and (known is None or known.reason_skipped or known.pruned):
+        return "its weight is frozen (requires_grad=False)"
+    return reason
+
+
+def _by_speed(
     param: Tensor, linear: Linear, together: tuple[int, str | None], recipe: Recipe
 ) -> tuple[str | None, Linear]:
     """(why it stays dense, or None;  the linear with its way of taking the weight gradient).
@@ -270,7 +329,7 @@ def _decide(
     resumed run too.
     """
     known = weights.get(param)
-    if known is not None and known.recipe == recipe and known.decided:
+    if known is not None and known.recipe == recipe and known.decided and not known.pruned:
         return known.reason_skipped, replace(linear, wgrad=known.wgrad)
     waiting = weights.waiting(param)
     if "wgrad" in waiting:

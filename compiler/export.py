@@ -8,7 +8,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from .errors import StateError
+from .inference import PrunedWeight
 from .session import Session, session
-from .verify import METADATA_KEY, verify
+from .verify import METADATA_KEY, measure, verify
 from .weights import SparseWeight
 
 
@@ -94,6 +95,41 @@ def pruned(held: Session, masks: str) -> tuple[nn.Module, dict[str, tuple[int, .
     return plain, dims
 
 
+def finished(model: nn.Module, masks: str) -> tuple[nn.Module, Collection[str]]:
+    """What a deployed model is: a pruned copy in evaluation mode, and the names of its 2:4 weights.
+
+    model: one trained sparse, pruned here as `prune(model, masks)` does; or what `prune` returned, or such a model
+    loaded again. Raises StateError as `prune` does, and for a plain model without a 2:4 weight.
+    """
+    held = session(model)
+    names: Collection[str]
+    if any(w.reason_skipped is None for w in held.weights.values()):
+        plain, names = pruned(held, masks)
+        return plain.eval(), names
+    plain = plain_copy(held.model, {})
+    names = _two_four(plain)
+    if not names and held.weights:
+        return pruned(held, masks)  # which says why
+    if not names:
+        raise StateError(
+            "sparse24: found no 2:4 weight in this model, need one trained with torch.compile(model, "
+            "backend='sparse24') or what sparse24.prune made of it"
+        )
+    return plain.eval(), names
+
+
+def _two_four(model: nn.Module) -> list[str]:
+    """The names of the matrices that are 2:4 and not all zero; embeddings have no product to be sparse in."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    names = []
+    for name, param in model.named_parameters():
+        if param.dim() == 2 and id(param) not in embeddings:
+            matrix = measure(name, param.detach() != 0)
+            if matrix.dims and matrix.nonzero > 0:
+                names.append(name)
+    return names
+
+
 def _chosen(weights: dict[str, SparseWeight], masks: str) -> list[tuple[SparseWeight, Tensor]]:
     """The weights to prune, with their masks; raises StateError where they cannot be."""
     sparse = [w for w in weights.values() if w.reason_skipped is None]
@@ -139,6 +175,8 @@ def plain_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _reduction(weight: SparseWeight, owner: nn.Module) -> tuple[int, ...]:
     """The dimension that the product reduces over; both where neither the graphs nor the layer's class tell."""
+    if isinstance(weight, PrunedWeight):
+        return (0,) if weight.transposed else (1,)
     for operand in weight.operands.values():
         return (0,) if operand.transposed else (1,)
     if isinstance(owner, (nn.Linear, nn.MultiheadAttention)):

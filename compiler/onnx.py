@@ -8,7 +8,6 @@ and the file is read back to see it.
 import hashlib
 import os
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from . import export
 from .errors import StateError
-from .session import session
-from .verify import measure, verify
+from .verify import verify
 
 #: The opset that files are written in: the one torch's exporter translates to; others are converted from it.
 OPSET = 20
@@ -53,19 +51,7 @@ def export_onnx(
     except ImportError as error:
         raise ImportError("sparse24: export_onnx needs onnx and onnxscript: pip install 'sparse24[export]'") from error
 
-    held = session(model)
-    expected: Collection[str]
-    if held.weights:
-        plain, expected = export.pruned(held, masks)
-    else:
-        plain = export.plain_copy(held.model, {})
-        expected = _two_four(plain)
-    plain.eval()
-    if not expected:
-        raise StateError(
-            "sparse24: found no 2:4 weight in this model, need one trained with torch.compile(model, "
-            "backend='sparse24') or what sparse24.prune made of it"
-        )
+    plain, expected = export.finished(model, masks)
     positional, named = ((), args) if isinstance(args, dict) else (args, None)
     program = torch.onnx.export(
         plain, positional, kwargs=named, dynamo=True, dynamic_shapes=dynamic_shapes, opset_version=OPSET, verbose=False
@@ -93,18 +79,6 @@ def export_onnx(
             os.replace(file, path.parent / file.name)
     if len(files) == 1:  # what an earlier, larger export left beside it
         path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-
-
-def _two_four(model: nn.Module) -> list[str]:
-    """The names of the matrices that are 2:4 and not all zero; embeddings have no product to be sparse in."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    names = []
-    for name, param in model.named_parameters():
-        if param.dim() == 2 and id(param) not in embeddings:
-            matrix = measure(name, param.detach() != 0)
-            if matrix.dims and matrix.nonzero > 0:
-                names.append(name)
-    return names
 
 
 def _name_transposed(graph: Any, params: dict[str, Tensor]) -> None:

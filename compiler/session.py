@@ -114,7 +114,7 @@ class Session:
         Tensors are on the CPU. Restored in a new process with `load_state_dict`, a run goes on with the same numbers.
         """
         everything = self.weights
-        known = {name: w for name, w in everything.items() if w.reason_skipped is None}
+        known = {name: w for name, w in everything.items() if w.reason_skipped is None and not w.pruned}
         return {
             "format": _FORMAT,
             "recipe": {name: w.recipe.method() for name, w in known.items()},
@@ -142,6 +142,8 @@ class Session:
                     f"{tuple(params[name].shape)}"
                 )
         for name, weight in self.weights.items():
+            if weight.pruned:
+                continue
             if weight.reason_skipped is None and name not in state["weights"]:
                 raise StateError(f"sparse24: this model trains {name} sparse, which the state does not hold")
             if weight.reason_skipped is None and strict:

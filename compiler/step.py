@@ -52,7 +52,7 @@ def _weights_of(optimizer: Optimizer) -> list[tuple[SparseWeight, dict[str, Any]
         for param in group["params"]:
             if param.grad is not None:
                 weight = weights.get(param)
-                if weight is not None and weight.reason_skipped is None:
+                if weight is not None and weight.reason_skipped is None and not weight.pruned:
                     found.append((weight, group))
     return found
 

@@ -31,7 +31,10 @@ class SparseWeight:
     name: the parameter's name as its graph spells it. reason_skipped: None, or why the weight stays dense. step:
     optimizer steps that changed it while it was registered. phase: "sparse" or "dense". flips: mask bits that changed
     at the last refresh (None before the first). wgrad: "mvue" or "dense", what its weight gradient is taken from.
+    pruned: it came 2:4 and is only multiplied, never trained (`inference.PrunedWeight`).
     """
+
+    pruned = False
 
     def __init__(self, param: Tensor, name: str, recipe: Recipe, reason_skipped: str | None = None) -> None:
         global _layers
@@ -44,7 +47,7 @@ class SparseWeight:
         self.flips: int | None = None
         self.layer = 0
         self.phase = "dense"
-        self.operands: dict[object, Operand] = {}
+        self.operands: dict[object, Any] = {}  # of Operand; of `inference.Rows` where it is pruned
         self._packed_from: tuple[int, int] | None = None
         self._last_mask: Tensor | None = None  # nibbles, two a byte, while no operand holds them
         if reason_skipped is None:
@@ -93,8 +96,7 @@ class SparseWeight:
         return torch.stack((self._last_mask & 15, self._last_mask >> 4), -1).view(self.shape[0], -1)
 
     def note_packed(self) -> None:
-        param = self.param
-        self._packed_from = (param._version, param.data_ptr())
+        self._packed_from = stamp(self.param)
 
     def follow(self) -> None:
         """Repack where the master was changed by something other than an optimizer step, such as a loaded checkpoint.
@@ -102,7 +104,7 @@ class SparseWeight:
         Before the first step the mask is searched anew; after it the mask in force is kept.
         """
         param = self.param
-        if not self.operands or self._packed_from == (param._version, param.data_ptr()):
+        if not self.operands or self._packed_from == stamp(param):
             return
         if any(operand.packed.device != param.device for operand in self.operands.values()):
             self._keep_mask()
@@ -174,6 +176,11 @@ class SparseWeight:
             self._keep_mask()
 
 
+def stamp(param: Tensor) -> tuple[int, int]:
+    """What changes when a parameter's entries do. A tensor made in inference mode counts no versions."""
+    return (0 if param.is_inference() else param._version, param.data_ptr())
+
+
 def _pair(nibbles: Tensor) -> Tensor:
     pairs = nibbles.view(nibbles.shape[0], -1, 2)
     return pairs[..., 0] | pairs[..., 1] << 4
@@ -201,11 +208,17 @@ class Operand:
         size = layout.numel(self.rows, self.cols, dtype)
         self.packed = torch.zeros(size, dtype=dtype, device=device)
         self.packed_t = torch.zeros(size, dtype=dtype, device=device)
+        self._nothing = self.packed.new_empty(0)
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:
         """(packed W [out, in], packed W^T [in, out]): what the rewritten graph takes."""
         return (self.packed_t, self.packed) if self.transposed else (self.packed, self.packed_t)
+
+    @property
+    def forward_inputs(self) -> tuple[Tensor, Tensor]:
+        """The same without W^T, [0], for a graph that computes no gradient."""
+        return self.inputs[0], self._nothing
 
     def where(self, weight: SparseWeight) -> tuple[int, int, int, int]:
         """row, col, rows, cols: where the weight's block stands."""
@@ -284,6 +297,11 @@ def get(param: Tensor) -> SparseWeight | None:
     return found
 
 
+def register(param: Tensor, weight: SparseWeight) -> None:
+    """Make `weight` what is known of a parameter."""
+    _registry[param] = weight
+
+
 def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
     """The SparseWeight of a parameter that a graph wants sparse. The recipe of the last compilation is in force."""
     weight = get(param)
@@ -291,7 +309,7 @@ def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
     if state is not None:
         check_recipe(state.get("recipe"), recipe)
         del _pending[param]
-    if weight is None or weight.reason_skipped is not None:
+    if weight is None or weight.reason_skipped is not None or weight.pruned:
         weight = SparseWeight(param, name, recipe)
         _registry[param] = weight
     elif weight.recipe != recipe:
@@ -322,7 +340,7 @@ def skip(param: Tensor, name: str, recipe: Recipe, reason: str) -> None:
 def expect(param: Tensor, state: dict[str, Any]) -> None:
     """Give a parameter its state now, or when a graph meets it."""
     weight = get(param)
-    if weight is not None:
+    if weight is not None and not weight.pruned:
         check_recipe(state.get("recipe"), weight.recipe)
         weight.load(state)
     else:

@@ -163,6 +163,19 @@ def nibbles_from_mask(mask: Tensor) -> Tensor:
     return (groups * lanes).sum(-1, dtype=torch.uint8) - last | last << 2
 
 
+def mask_of(w: Tensor) -> Tensor | None:
+    """bool [rows, cols]: two kept in every aligned group of four along cols, all nonzero entries of w among them.
+
+    w [rows, cols] of any dtype, cols % 4 == 0. None where some group has three or more nonzero entries.
+    """
+    nonzero = (w != 0).reshape(w.shape[0], -1, 4)
+    count = nonzero.sum(-1, keepdim=True, dtype=torch.uint8)
+    if bool((count > 2).any()):
+        return None
+    filled = (~nonzero).cumsum(-1, dtype=torch.uint8) <= 2 - count  # the first zeros of a group that has fewer than two
+    return (nonzero | filled).view(w.shape)
+
+
 def mask_from_nibbles(nibbles: Tensor) -> Tensor:
     """bool [rows, cols] mask of uint8 [rows, cols / 4] nibbles."""
     lanes = torch.arange(4, device=nibbles.device, dtype=torch.uint8)

@@ -7,7 +7,9 @@ from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateErr
 from .compiler.export import prune, save_safetensors
 from .compiler.onnx import export_onnx
 from .compiler.recipe import Recipe
+from .compiler.semi_structured import to_semi_structured
 from .compiler.session import Session, session
+from .compiler.tensorrt import export_tensorrt, trtexec
 from .compiler.verify import Verification, verify
 from .compiler.weights import SparseWeight
 
@@ -23,8 +25,11 @@ __all__ = [
     "Verification",
     "backend",
     "export_onnx",
+    "export_tensorrt",
     "prune",
     "save_safetensors",
     "session",
+    "to_semi_structured",
+    "trtexec",
     "verify",
 ]

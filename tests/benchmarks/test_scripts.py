@@ -30,7 +30,14 @@ def test_the_table_of_the_readme_is_that_of_the_results(tmp_path):
     assert "<svg" in (results / "steps.svg").read_text()
 
 
-@pytest.mark.parametrize(("script", "kinds"), [("gemm.py", {"dense", "sparse24"}), ("ffn.py", {"dense", "sparse"})])
+@pytest.mark.parametrize(
+    ("script", "kinds"),
+    [
+        ("gemm.py", {"dense", "sparse24"}),
+        ("ffn.py", {"dense", "sparse"}),
+        ("inference.py", {"dense", "sparse24"}),
+    ],
+)
 def test_a_script_saves_the_time_of_each(tmp_path, script, kinds):
     run(script, "--tiny", "--out", tmp_path / "found.json")
     saved = json.loads((tmp_path / "found.json").read_text())

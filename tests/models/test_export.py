@@ -89,6 +89,21 @@ def test_onnxruntime_computes_what_pytorch_does_from_2_4_weights(tmp_path, name,
     assert change > 5 * ROUNDING[dtype], "the outputs would not tell pruned from dense weights"
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "BERT", "Llama", "ViT"])
+def test_the_sparse_kernels_compute_what_the_pruned_model_does(name):
+    model, _, inputs = trained(name)
+    names = [n for n, w in sparse24.session(model).weights.items() if w.reason_skipped is None]
+    plain = sparse24.prune(model).eval()
+    expected = logits(plain, inputs)
+    torch._dynamo.reset()
+    run = torch.compile(plain, backend="sparse24", options={"inner": "eager"}, fullgraph=True)
+    found = logits(run, inputs)
+    assert (found - expected).abs().max() <= ROUNDING[torch.float32] * expected.abs().max()
+    weights = sparse24.session(plain).weights
+    assert [n for n, w in weights.items() if w.reason_skipped is None] == names
+    assert sparse24.session(plain).memory()["packed_t"] == 0
+
+
 def test_a_dynamic_batch_and_length_run_at_other_sizes(tmp_path):
     model, _, inputs = trained("Llama")
     ids = inputs["input_ids"]
