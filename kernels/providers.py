@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cusparselt, layout, reference
+from .format_check import readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class CusparseLt:
 
     def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
         shape = self._shape(problem)
+        packed = readable(packed, problem.rows, problem.inner)
         if problem.direction == "spmm":
             x = _padded(x, shape.n, x.shape[1])
             y = x.new_empty(shape.n, problem.rows)
@@ -119,7 +121,7 @@ class TorchCusparselt:
         return [None]
 
     def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
-        compressed = packed.view(problem.rows, -1)
+        compressed = readable(packed, problem.rows, problem.inner).view(problem.rows, -1)
         outer = _aligned(problem.outer)
         if problem.direction == "wgrad":
             x = _padded(x, problem.inner, outer)

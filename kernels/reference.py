@@ -23,10 +23,11 @@ def best_mask(w: Tensor) -> Tensor:
     """The transposable 2:4 mask that keeps the largest sum of |w| in every aligned 4x4 tile (exhaustive).
 
     w [rows, cols], any float dtype, rows % 4 == cols % 4 == 0  ->  bool [rows, cols].
-    Two columns i, j of two rows are shared between them in the better of two ways. The 90 candidates are: what rows 0, 1
-    share of all columns, and rows 2, 3 likewise (36); what rows 0, 1 together share with rows 2, 3 together (6); rows
-    0, 1 sharing i, j, rows 2, 3 too, and the two pairs of rows the other columns (48). Sums are in fp32, in the order of
-    the code; of equals the first counts. NaN tiles get some legal mask: the caller counts them (`pack_weights_`).
+    Two columns i, j of two rows are shared between them in the better of two ways. The 90 candidates are: what rows
+    0, 1 share of all columns, and rows 2, 3 likewise (36); what rows 0, 1 together share with rows 2, 3 together (6);
+    rows 0, 1 sharing i, j, rows 2, 3 too, and the two pairs of rows the other columns (48). Sums are in fp32, in the
+    order of the code; of equals the first counts. NaN tiles get some legal mask: the caller counts them
+    (`pack_weights_`).
     """
     rows, cols = w.shape
     a = w.detach().to(torch.float32).abs().clamp(max=SATURATE).view(rows // 4, 4, cols // 4, 4)

@@ -63,11 +63,11 @@ def _both(a, b):
 
 
 @triton.jit
-def _share(yi, yj, zi, zj, Y: tl.constexpr, Z: tl.constexpr, I: tl.constexpr, J: tl.constexpr):
-    """The better way of sharing columns I and J between rows y and z, whose bits at column 0 are Y and Z."""
-    straight, swapped = yi + zj, yj + zi
+def _share(yc, yd, zc, zd, Y: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """The better way of sharing columns C and D between rows y and z, whose bits at column 0 are Y and Z."""
+    straight, swapped = yc + zd, yd + zc
     better = swapped > straight
-    return tl.where(better, swapped, straight), tl.where(better, Y << J | Z << I, Y << I | Z << J)
+    return tl.where(better, swapped, straight), tl.where(better, Y << D | Z << C, Y << C | Z << D)
 
 
 @triton.jit
@@ -212,7 +212,7 @@ def pack_weights_kernel(
         mask = load_tile_masks(metadata, row + r, (col + c0) // 4, rows, cols, ORDER, G)
         if SEARCH:
             old = mask
-            if INTERPRETED:
+            if INTERPRETED:  # noqa: SIM108
                 mask = _best_mask(*x0, *x1, *x2, *x3)
             else:  # tile by tile: of several at once, the conditions would not fit into the predicate registers
                 mask = tl.map_elementwise(_best_mask, *x0, *x1, *x2, *x3)

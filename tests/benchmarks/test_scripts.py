@@ -45,3 +45,13 @@ def test_a_script_saves_the_time_of_each(tmp_path, script, kinds):
     found = {row["with"] for row in saved["rows"]} if script == "gemm.py" else set(saved["rows"][0]["ms"])
     assert kinds <= found
     assert all(row["ratio"] > 0 for row in saved["rows"])
+
+
+def test_memory_and_compile_time_of_each_kind(tmp_path):
+    for script, kinds, number in (
+        ("memory.py", ["dense", "sparse"], "peak_gib"),
+        ("compile_time.py", ["dense", "sparse", "sparse, choices kept"], "of_dense"),
+    ):
+        run(script, "--models", "tiny", "--out", tmp_path / "found.json")
+        rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+        assert [row["kind"] for row in rows] == kinds and all(number in row for row in rows)

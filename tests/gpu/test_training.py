@@ -181,3 +181,31 @@ def test_cuda_graphs_give_the_losses_of_a_run_without_them() -> None:
     with_graphs, without = losses(True), losses(False)
     assert with_graphs == pytest.approx(without, rel=2e-2)
     assert with_graphs[-1] < 0.8 * with_graphs[0]
+
+
+def test_reduce_overhead_trains_sparse_in_cuda_graphs(monkeypatch) -> None:
+    """mode= goes to Inductor: graphs are recorded and none is skipped; operands are inputs that stay in place."""
+    from torch._dynamo.utils import counters
+
+    from sparse24.compiler import backend
+    from sparse24.kernels.gain import Gain
+
+    monkeypatch.setattr(backend, "gain", lambda *args: Gain(1.0, 2.0, "mvue"))  # these layers are too small to gain
+    counters.clear()
+    model = Stack(MLP(D, 1024), SwiGLU(D, 704), d=D).cuda().bfloat16()
+    run = torch.compile(model, backend="sparse24", mode="reduce-overhead", fullgraph=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    x = torch.randn(256, D).cuda().bfloat16()
+    losses = []
+    for _ in range(45):  # past a search of the masks
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = run(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert len(sparse_names(model)) == 5 and sparse24.session(model).step == 45
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    manager = torch._inductor.cudagraph_trees.get_container(0).tree_manager
+    assert manager is not None and manager.roots  # recorded
+    assert losses[-1] < 0.8 * losses[0]
