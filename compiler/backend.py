@@ -64,6 +64,45 @@ def sparse24(
     return graph if graph.sites else graph.dense
 
 
+def read(gm: GraphModule, weight_of: Callable[[str], Any], recipe: Recipe) -> tuple[GraphModule, list[Linear]]:
+    """(a tidied copy of a Dynamo graph, its linears: reason None for those to make sparse, with their wgrad).
+
+    weight_of: the tensor that comes in by the placeholder of a name. Nothing is registered.
+    """
+    tidied = gm
+    try:
+        tidied = tidy(copy_of(gm))  # a copy: Dynamo reads its own placeholders afterwards
+        linears = find_linears(
+            tidied,
+            layers=recipe.layers,
+            skip=recipe.skip,
+            ineligible=lambda placeholder: ineligible(weight_of(placeholder)),
+        )
+    except Exception:
+        if recipe.strict:
+            raise
+        log.exception("sparse24: could not read a graph; it stays dense")
+        return tidied, []
+    together = _together(tidied, linears, recipe)
+    return tidied, [
+        _decide(weight_of(linear.weight), linear, together[linear], recipe) if linear.reason is None else linear
+        for linear in linears
+    ]
+
+
+def _together(tidied: GraphModule, linears: Sequence[Linear], recipe: Recipe) -> dict[Linear, int]:
+    """For each linear that may be sparse the out_features of the matmul it would be part of."""
+    wanted = [linear for linear in linears if linear.reason is None]
+    try:
+        groups = groups_of(tidied, wanted)
+    except Exception:
+        if recipe.strict:
+            raise
+        log.exception("sparse24: could not group the linears of a graph; each is measured by itself")
+        return {linear: linear.out_features for linear in wanted}
+    return {linear: sum(m.out_features for m in group.linears) for group in groups for linear in group.linears}
+
+
 class SparseGraph:
     """One Dynamo graph and its compiled variants, one for each set of weights that is sparse at a call.
 
@@ -75,50 +114,21 @@ class SparseGraph:
         self.original, self.recipe, self.mode = gm, recipe, mode
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         position = {n.name: i for i, n in enumerate(placeholders)}
-        self.tidied = gm
-        self.linears: list[Linear] = []
-        try:
-            self.tidied = tidy(copy_of(gm))  # a copy: Dynamo reads its own placeholders afterwards
-            self.linears = find_linears(
-                self.tidied,
-                layers=recipe.layers,
-                skip=recipe.skip,
-                ineligible=lambda placeholder: ineligible(example_inputs[position[placeholder]]),
-            )
-        except Exception:
-            if recipe.strict:
-                raise
-            log.exception("sparse24: could not read a graph; it stays dense")
+        self.tidied, linears = read(gm, lambda placeholder: example_inputs[position[placeholder]], recipe)
         self.sites: list[tuple[int, Linear]] = []  # (which input is the weight, its linear)
-        together = self._together()
-        for linear in self.linears:
+        for linear in linears:
             param: Any = example_inputs[position[linear.weight]] if linear.weight else None
-            reason = linear.reason
-            if reason is None:
-                reason, linear = _decide(param, linear, together[linear], recipe)
-            if reason is None:
+            if linear.reason is None:
                 weights.attach(param, linear.name, recipe).wgrad = linear.wgrad
                 self.sites.append((position[linear.weight], linear))
             else:
-                self._leave_dense(param, linear, reason)
+                self._leave_dense(param, linear, linear.reason)
         self.dynamic = any(_is_dynamic(n) for n in placeholders)
         self.variants: dict[int, Variant] = {}
         known = self._weights(example_inputs)
         self._variant(_active(known), example_inputs, known, at_compile_time=True)
         if self.dynamic and self.sites:
             self._variant(0, example_inputs, known, at_compile_time=True)
-
-    def _together(self) -> dict[Linear, int]:
-        """For each linear that may be sparse the out_features of the matmul it would be part of."""
-        wanted = [linear for linear in self.linears if linear.reason is None]
-        try:
-            groups = groups_of(self.tidied, wanted)
-        except Exception:
-            if self.recipe.strict:
-                raise
-            log.exception("sparse24: could not group the linears of a graph; each is measured by itself")
-            return {linear: linear.out_features for linear in wanted}
-        return {linear: sum(m.out_features for m in group.linears) for group in groups for linear in group.linears}
 
     @property
     def dense(self) -> Compiled:
@@ -254,32 +264,33 @@ def ineligible(param: Any) -> str | None:
     return None
 
 
-def _decide(param: Tensor, linear: Linear, together: int, recipe: Recipe) -> tuple[str | None, Linear]:
-    """(why it stays dense, or None;  the linear with its way of taking the weight gradient).
+def _decide(param: Tensor, linear: Linear, together: int, recipe: Recipe) -> Linear:
+    """The linear with why it stays dense, if it does, and its way of taking the weight gradient.
 
     together: out_features of the matmul that it and its neighbours become; what is measured is that matmul, so the
     neighbours find the same. A weight is decided on once: another graph, another number of tokens or a resumed run too.
     """
     known = weights.get(param)
     if known is not None and known.recipe == recipe and known.decided:
-        return known.reason_skipped, replace(linear, wgrad=known.wgrad)
+        return replace(linear, reason=known.reason_skipped, wgrad=known.wgrad)
     waiting = weights.waiting(param)
     if "wgrad" in waiting:
-        return waiting.get("reason"), replace(linear, wgrad=waiting["wgrad"])
+        return replace(linear, reason=waiting.get("reason"), wgrad=waiting["wgrad"])
     if recipe.when == "always":
-        return None, replace(linear, wgrad=recipe.wgrad)
+        return replace(linear, wgrad=recipe.wgrad)
     slow = providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
     if slow is not None:
-        return slow, linear
+        return replace(linear, reason=slow)
     try:
         shape = (together, linear.in_features, linear.tokens)
         found = gain(*shape, linear.dtype, param.dtype, param.device, recipe.wgrad)
     except torch.OutOfMemoryError:
         log.warning("sparse24: %s: no memory is left to measure whether it gains; it is sparse", linear.name)
-        return None, replace(linear, wgrad=recipe.wgrad)
+        return replace(linear, wgrad=recipe.wgrad)
     if not found.faster:
-        return f"{weights.SLOWER}, {found.dense_ms:.2f} ms a step against {found.sparse_ms:.2f} ms", linear
-    return None, replace(linear, wgrad=found.wgrad)
+        slower = f"{weights.SLOWER}, {found.dense_ms:.2f} ms a step against {found.sparse_ms:.2f} ms"
+        return replace(linear, reason=slower)
+    return replace(linear, wgrad=found.wgrad)
 
 
 def _is_dynamic(placeholder: torch.fx.Node) -> bool:

@@ -4,6 +4,7 @@ backend="sparse24").
 
 from .compiler.backend import sparse24 as backend
 from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateError
+from .compiler.explain import Report, explain
 from .compiler.export import prune, save_safetensors
 from .compiler.onnx import export_onnx
 from .compiler.recipe import Recipe
@@ -16,12 +17,14 @@ __all__ = [
     "NotFiniteError",
     "OptionError",
     "Recipe",
+    "Report",
     "Session",
     "SkippedError",
     "SparseWeight",
     "StateError",
     "Verification",
     "backend",
+    "explain",
     "export_onnx",
     "prune",
     "save_safetensors",
