@@ -64,10 +64,13 @@ def sparse24(
     return graph if graph.sites else graph.dense
 
 
-def read(gm: GraphModule, weight_of: Callable[[str], Any], recipe: Recipe) -> tuple[GraphModule, list[Linear]]:
+def read(
+    gm: GraphModule, weight_of: Callable[[str], Any], recipe: Recipe, autocast: torch.dtype | None = None
+) -> tuple[GraphModule, list[Linear]]:
     """(a tidied copy of a Dynamo graph, its linears: reason None for those to make sparse, with their wgrad).
 
-    weight_of: the tensor that comes in by the placeholder of a name. Nothing is registered.
+    weight_of: the tensor that comes in by the placeholder of a name. autocast: what float32 linears compute in, where
+    the graph does not show it. Nothing is registered.
     """
     tidied = gm
     try:
@@ -83,6 +86,7 @@ def read(gm: GraphModule, weight_of: Callable[[str], Any], recipe: Recipe) -> tu
             raise
         log.exception("sparse24: could not read a graph; it stays dense")
         return tidied, []
+    linears = [replace(x, dtype=autocast) if autocast and x.dtype == torch.float32 else x for x in linears]
     together = _together(tidied, linears, recipe)
     return tidied, [
         _decide(weight_of(linear.weight), linear, together[linear], recipe) if linear.reason is None else linear

@@ -53,7 +53,8 @@ class Row:
 
     name: of the parameter. shape: (out_features, in_features), the last two dimensions of a stack. role: up, gate,
     down, gate_up; q, k, v (kv, qkv), o; experts; head (the last of the model); linear for any other. reason: None for a
-    sparse one, else why it stays dense. tokens: rows of its input, 0 where it has none. together: the parameters that
+    sparse one, else why it stays dense. tokens: rows of its input, 0 where it has none. dtype: what it computes in,
+    autocast included. together: the parameters that
     it is multiplied with as one, itself included. cost: its part of their ms a step; None where its tokens are not
     known. dense_bytes, packed_bytes: of the parameter, and of the packed W and W^T beside it.
     """
@@ -63,6 +64,7 @@ class Row:
     role: str
     reason: str | None
     tokens: int
+    dtype: torch.dtype
     together: tuple[str, ...]
     cost: Cost | None
     dense_bytes: int
@@ -158,6 +160,8 @@ class Report:
             f"bytes: {sum(r.dense_bytes for r in self.rows) / 1e6:.1f} MB dense, "
             f"{sum(r.packed_bytes for r in sparse) / 1e6:.1f} MB packed beside them",
         ]
+        if any(r.sparse and r.cost and not r.cost.measured and min(r.shape) < cost.LARGE for r in self.rows):
+            lines.append(f"predictions are for widths from {cost.LARGE} on: narrower layers gain less than they say")
         if self.device.type == "cpu":
             lines.append("on this CPU every sparse layer runs by masked dense matmuls: right, and slower than dense")
         return lines
@@ -221,6 +225,8 @@ class _Trace:
         devices = {p.device for p in model.parameters() if p.device.type != "meta"}
         here = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         self.device = next(iter(devices), here)
+        kind = self.device.type  # autocast does not reach "meta"
+        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         memo: dict[int, Any] = {} if data else _without_data(model)
         self.copy = plain_copy(model, memo)
         self._originals = {
@@ -234,7 +240,11 @@ class _Trace:
         names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
         given = dict(zip(names, example_inputs, strict=True))
         inputs = {n: self._originals[id(x)] for n, x in given.items() if id(x) in self._originals}
-        tidied, linears = read(gm, lambda name: inputs[name][1] if name in inputs else given[name], self.recipe)
+
+        def weight_of(name: str) -> Any:
+            return inputs[name][1] if name in inputs else given[name]
+
+        tidied, linears = read(gm, weight_of, self.recipe, self.autocast)
         self.graphs.append(_Graph(gm, tidied, linears, inputs))
 
         def run(*args: Any) -> Any:
@@ -362,6 +372,7 @@ def _traced_rows(trace: _Trace, rates: cost.Gpu) -> dict[str, Row]:
                 role=roles.get(linear, linear.role),
                 reason=linear.reason,
                 tokens=linear.tokens,
+                dtype=linear.dtype,
                 together=tuple(graph.inputs[m.weight][0] for m in together) if linear in groups else (name,),
                 cost=_cost(linear, together, param, trace.recipe, rates),
                 dense_bytes=param.nbytes if param is not None else 0,
@@ -419,7 +430,7 @@ def _rewritten(graph: _Graph) -> GraphModule:
     return gm
 
 
-def _missing_rows(model: nn.Module, trace: _Trace, rows: Mapping[str, Row]) -> dict[str, Row]:
+def _missing_rows(model: nn.Module, trace: _Trace, known: Mapping[str, Row]) -> dict[str, Row]:
     """Rows of the linears that no graph holds."""
     names = {id(p): name for name, p in model.named_parameters()}
     missing: dict[str, tuple[tuple[int, ...], Tensor]] = {}
@@ -427,13 +438,14 @@ def _missing_rows(model: nn.Module, trace: _Trace, rows: Mapping[str, Row]) -> d
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
             name = names.get(id(weight), f"{path}.weight")
-            if name not in rows:
+            if name not in known:
                 missing[name] = tuple(weight.shape)[:: 1 if isinstance(module, nn.Linear) else -1], weight
     called = trace.called() if missing else set()
-    return {
-        name: Row(name, shape, "linear", NOT_TRACED if name in called else NOT_CALLED, 0, (name,), None, w.nbytes, 0)
-        for name, (shape, w) in missing.items()
-    }
+    rows = {}
+    for name, (shape, weight) in missing.items():
+        reason = NOT_TRACED if name in called else NOT_CALLED
+        rows[name] = Row(name, shape, "linear", reason, 0, weight.dtype, (name,), None, weight.nbytes, 0)
+    return rows
 
 
 def _other_ms(trace: _Trace, model: nn.Module, rates: cost.Gpu) -> float:

@@ -197,6 +197,17 @@ def test_a_weight_that_two_calls_share_and_a_tied_head_have_one_row_each() -> No
     assert len(report.rows) == 3
 
 
+def test_autocast_around_it_is_taken_into_account() -> None:
+    model, x = SwiGLU(), torch.randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = sparse24.explain(model, x)
+        compiled(model)(x)
+    assert {row.dtype for row in report.rows} == {torch.bfloat16}
+    operands = {id(o): o for w in sparse24.session(model).weights.values() for o in w.operands.values()}.values()
+    assert {o.packed.dtype for o in operands} == {torch.bfloat16}
+    assert sum(r.packed_bytes for r in report.rows) == sum(t.nbytes for o in operands for t in o.inputs)
+
+
 def test_the_table_has_a_line_for_each_row_and_names_reasons_and_totals() -> None:
     report = sparse24.explain(Stack(SwiGLU(), GPT2MLP()), torch.randn(4, 16, 64), options={"when": "always"})
     lines = str(report).splitlines()
