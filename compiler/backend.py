@@ -35,6 +35,7 @@ from . import (
 from .errors import BackendError, SkippedError
 from .recipe import Recipe
 from .seeds import draw_seed, seeds_on
+from .trace import Trace
 from .weights import SparseWeight
 
 log = logging.getLogger("sparse24")
@@ -119,6 +120,10 @@ class SparseGraph:
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         position = {n.name: i for i, n in enumerate(placeholders)}
         self.tidied, linears = read(gm, lambda placeholder: example_inputs[position[placeholder]], recipe)
+        self.trace = Trace()
+        for stage, graph in (("original", gm), ("tidied", self.tidied)):
+            self.trace.graph(stage, graph)
+        self.trace.linears(linears)
         self.sites: list[tuple[int, Linear]] = []  # (which input is the weight, its linear)
         for linear in linears:
             param: Any = example_inputs[position[linear.weight]] if linear.weight else None
@@ -175,6 +180,7 @@ class SparseGraph:
             linears = [self.sites[i][1] for i in sites]
             at = dict(zip(linears, sites, strict=True))
             variant = Variant(groups=[(g, [at[linear] for linear in g.linears]) for g in rewrite(gm, linears)])
+            self.trace.graph("rewritten", gm)
             _name_sources(gm)
             examples = variant.examples(known, static=inner.inner != "eager")
             variant.compiled = _compile_inner(gm, [*args, *examples], inner, self.mode)
