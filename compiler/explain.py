@@ -6,11 +6,13 @@ needed; the graphs are read as `backend` reads them, for the weights of the mode
 
 import copy
 import logging
+import os
 import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -32,12 +34,14 @@ from ..passes import graph as g
 from ..passes.activation import GATED_KINDS, match
 from ..passes.find import Linear
 from ..passes.graph import copy_of
-from ..passes.rewrite import groups_of, rewrite
+from ..passes.rewrite import SEEDS, groups_of, operand_names, rewrite
 from . import weights
 from .backend import read
 from .export import plain_copy
+from .export import replace as replace_file
+from .page import page
 from .recipe import Recipe
-from .session import session
+from .session import Session, session
 
 log = logging.getLogger("sparse24")
 
@@ -121,6 +125,21 @@ class Report:
     def table(self) -> str:
         return str(self)
 
+    def html(
+        self,
+        path: str | os.PathLike[str],
+        session: Session | None = None,
+        history: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        """Write one page that needs no network: the model with what changed, the table, and the graphs as captured,
+        forward and backward, side by side, searchable, with what comes from the same line of code linked.
+
+        session: of the model in training; adds pictures of its masks and its last flip rates. history: what
+        `session.metrics()` gave at some steps; adds their curves. The file is written whole or not at all.
+        """
+        text = page(self, session, history)
+        replace_file(path, lambda temporary: _write(temporary, text), ".html")
+
     def __str__(self) -> str:
         header = ("parameter", "out x in", "role", "by", *_DIRECTIONS, "sum", "dense MB", "packed MB", "")
         body = [self._cells(row) for row in self.rows]
@@ -131,7 +150,7 @@ class Report:
             padded = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths)))  # noqa: B905
             return "  ".join(padded).rstrip()
 
-        return "\n".join([line(header), *map(line, body), "", *self._summary()])
+        return "\n".join([line(header), *map(line, body), "", *self.summary()])
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         by, times, note = "dense", [""] * 5, row.reason or ""
@@ -148,7 +167,8 @@ class Report:
         size = f"{row.dense_bytes / 1e6:.2f}", f"{row.packed_bytes / 1e6:.2f}" if row.packed_bytes else ""
         return (row.name, " x ".join(map(str, row.shape)), row.role, by, *times, *size, note)
 
-    def _summary(self) -> list[str]:
+    def summary(self) -> list[str]:
+        """The lines below the table: what is sparse, totals, and what they rest on."""
         sparse = [row for row in self.rows if row.sparse]
         measured = [row for row in self.rows if row.cost and row.cost.measured]
         how = f"measured for {len(measured)} layers, else predicted" if measured else "predicted"
@@ -165,6 +185,10 @@ class Report:
         if self.device.type == "cpu":
             lines.append("on this CPU every sparse layer runs by masked dense matmuls: right, and slower than dense")
         return lines
+
+
+def _write(path: str, text: str) -> None:
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def explain(
@@ -188,7 +212,7 @@ def explain(
     known = list(held.weights.values())
     recipe = known[0].recipe if options is None and known else Recipe.from_options(options)
     rates = cost.gpu_named(gpu)
-    with _traced(held.model, (args, kwargs), recipe) as trace:
+    with _same_draws(held.model), _traced(held.model, (args, kwargs), recipe) as trace:
         rows = _traced_rows(trace, rates)
         rows |= _missing_rows(held.model, trace, rows)
         order = {name: i for i, (name, _) in enumerate(held.model.named_parameters())}
@@ -262,7 +286,7 @@ class _Trace:
 
     def called(self) -> set[str]:
         """Names of the parameters that a forward computes with, seen in a run without torch.compile."""
-        with _Seen() as seen, torch.random.fork_rng():
+        with _Seen() as seen:
             self.copy(*self.inputs[0], **self.inputs[1])
         return {name for i, (name, _) in self._originals.items() if i in seen.ids}
 
@@ -326,8 +350,18 @@ def _stand_in(param: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
+def _same_draws(model: nn.Module) -> Iterator[None]:
+    """Put the random generators back: those of the devices that the model is on and those of the CPU."""
+    state = random.getstate()
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices)):
+        yield
+    random.setstate(state)
+
+
+@contextmanager
 def _no_traces_left(backend: Callable[..., Any]) -> Iterator[None]:
-    """Strike what Dynamo compiles inside from its caches, and put the random generators back.
+    """Strike what Dynamo compiles inside from its caches.
 
     A struck entry stays in the list of its code object; one that is of other objects than any frame's is not counted
     as a recompilation.
@@ -337,12 +371,11 @@ def _no_traces_left(backend: Callable[..., Any]) -> Iterator[None]:
     codes: set[CodeType] = set()
     limits = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
     hook = register_bytecode_hook(lambda code, _: codes.add(code))
-    state, sizes = random.getstate(), copy.deepcopy(pgo.get_code_state())
+    sizes = copy.deepcopy(pgo.get_code_state())
     try:
-        with torch.random.fork_rng(), torch._dynamo.config.patch(limits):
+        with torch._dynamo.config.patch(limits):
             yield
     finally:
-        random.setstate(state)
         pgo._CODE_STATE = sizes  # the sizes seen: another one would make the user's graph dynamic
         hook.remove()
         for code in codes:
@@ -417,7 +450,7 @@ def _cost(
     rows, cols = sum(m.out_features for m in together), linear.in_features
     candidate = linear.reason is None or linear.reason.startswith(weights.SLOWER)
     if candidate and param.device.type == "cuda" and why_slow(rows, cols, linear.dtype, param.device) is None:
-        found = cost.measured(rows, cols, linear.tokens, linear.dtype, param.dtype, param.device, linear.wgrad)
+        found = cost.measured(rows, cols, linear.tokens, linear.dtype, param.dtype, param.device, recipe.wgrad)
     else:
         found = cost.predicted(rows, cols, linear.tokens, param.dtype, rates, recipe.wgrad)
     part = linear.out_features / rows
@@ -425,8 +458,17 @@ def _cost(
 
 
 def _rewritten(graph: _Graph) -> GraphModule:
+    """The graph with its sparse ops; the operands that come in beside its inputs are examples without data."""
     gm = copy_of(graph.tidied)
-    rewrite(gm, [linear for linear in graph.linears if linear.reason is None])
+    groups = rewrite(gm, [linear for linear in graph.linears if linear.reason is None])
+    examples = {SEEDS: torch.zeros(len(groups), dtype=torch.int64, device="meta")}
+    for i, group in enumerate(groups):
+        rows, cols = sum(x.out_features for x in group.linears), group.linears[0].in_features
+        size = layout.numel(rows, cols, group.dtype)
+        examples |= {name: torch.empty(size, dtype=group.dtype, device="meta") for name in operand_names(i)}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if node.name in examples:
+            node.meta["example_value"] = examples[node.name]
     return gm
 
 
