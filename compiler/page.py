@@ -21,7 +21,7 @@ from ..passes.graph import copy_of
 from .session import Session
 
 if TYPE_CHECKING:
-    from .explain import Report, Row
+    from .report import Report, Row
 
 log = logging.getLogger("sparse24")
 

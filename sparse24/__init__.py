@@ -4,10 +4,11 @@ backend="sparse24").
 
 from .compiler.backend import sparse24 as backend
 from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateError
-from .compiler.explain import Report, explain
+from .compiler.explain import explain
 from .compiler.export import prune, save_safetensors
 from .compiler.onnx import export_onnx
 from .compiler.recipe import Recipe
+from .compiler.report import Report
 from .compiler.session import Session, session
 from .compiler.verify import Verification, verify
 from .compiler.weights import SparseWeight

@@ -217,6 +217,29 @@ def test_the_table_has_a_line_for_each_row_and_names_reasons_and_totals() -> Non
     assert report.graphs["original"] and "sparse_linear_glu" in report.graphs["sparse"][0].code
 
 
+def test_of_a_distributed_model_it_is_the_one_inside_and_a_sharded_one_is_refused(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(MLP())
+        assert [row.name for row in sparse24.explain(parallel, torch.randn(4, 64)).rows if row.sparse] == [
+            "up.weight",
+            "down.weight",
+        ]
+        sharded = MLP()
+        fully_shard(sharded)
+        with pytest.raises(TypeError, match="sharded by FSDP.*before sharding"):
+            sparse24.explain(sharded, torch.randn(4, 64))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_of_a_model_without_linears_the_report_is_empty() -> None:
+    report = sparse24.explain(nn.LayerNorm(64), torch.randn(4, 64))
+    assert report.rows == () and report.step_gain == 1.0 and "0 of 0 are sparse" in str(report)
+
+
 def test_bad_arguments_are_named() -> None:
     x = torch.randn(4, 64)
     with pytest.raises(ValueError, match="found gpu='H999', need one whose rates are known: H200"):
