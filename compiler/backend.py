@@ -36,6 +36,7 @@ from . import (
 from .errors import BackendError, SkippedError
 from .recipe import Recipe
 from .seeds import draw_seed, seeds_on
+from .trace import Trace
 from .weights import SparseWeight
 
 log = logging.getLogger("sparse24")
@@ -65,6 +66,84 @@ def sparse24(
     return graph if graph.sites or graph.inference else graph.dense
 
 
+def read(
+    gm: GraphModule,
+    weight_of: Callable[[str], Any],
+    recipe: Recipe,
+    autocast: torch.dtype | None = None,
+    forward_only: bool = False,
+) -> tuple[GraphModule, list[Linear], set[str]]:
+    """(a tidied copy of a Dynamo graph, its linears, which weights are multiplied as they came).
+
+    The linears to make sparse have reason None and their wgrad. weight_of: the tensor that comes in by the placeholder
+    of a name. autocast: what float32 linears compute in, where the graph does not show it. forward_only: the graph
+    computes no gradient. Nothing is registered.
+    """
+    tidied, ready = gm, set[str]()
+    try:
+        tidied = tidy(copy_of(gm))  # a copy: Dynamo reads its own placeholders afterwards
+        linears = find_linears(
+            tidied, layers=recipe.layers, skip=recipe.skip, ineligible=lambda name: ineligible(weight_of(name))
+        )
+        if forward_only:
+            linears, ready = _ready(tidied, linears, weight_of, recipe)
+    except Exception:
+        if recipe.strict:
+            raise
+        log.exception("sparse24: could not read a graph; it stays dense")
+        return tidied, [], set()
+    linears = [replace(x, dtype=autocast) if autocast and x.dtype == torch.float32 else x for x in linears]
+    together = _together(tidied, linears, recipe)
+    decided = []
+    for linear in linears:
+        if linear.weight in ready:
+            reason = inference.why_dense(linear, together[linear][0], recipe, weight_of(linear.weight).device)
+            linear = replace(linear, reason=reason)
+        elif linear.reason is None:
+            linear = _by_speed(weight_of(linear.weight), linear, together[linear], recipe)
+        decided.append(linear)
+    return tidied, decided, ready
+
+
+def _ready(
+    tidied: GraphModule, linears: list[Linear], weight_of: Callable[[str], Any], recipe: Recipe
+) -> tuple[list[Linear], set[str]]:
+    """The linears of a graph that computes no gradient, and which of their weights are 2:4 as they came.
+
+    linears: as found under the recipe's `layers`. Those that are 2:4 are taken whatever `layers` says, frozen or not;
+    beside them nothing is made sparse that is not in training.
+    """
+    every = find_linears(tidied, layers=("*",), skip=recipe.skip, ineligible=lambda name: _unfit(weight_of(name)))
+    ready = {m.weight for m in every if m.reason is None and inference.is_ready(weight_of(m.weight), m)}
+    if not ready:
+        return linears, ready
+    decided = []
+    for linear, unrestricted in zip(linears, every, strict=True):
+        if unrestricted.weight in ready and unrestricted.reason is None:
+            linear = unrestricted
+        elif linear.reason is None and not inference.in_training(weight_of(linear.weight)):
+            linear = replace(linear, reason=inference.NOT_TWO_FOUR)
+        decided.append(linear)
+    return decided, ready
+
+
+def _together(tidied: GraphModule, linears: Sequence[Linear], recipe: Recipe) -> dict[Linear, tuple[int, str | None]]:
+    """For each linear that may be sparse the out_features of the matmul it would be part of, and the activation fused
+    behind it.
+    """
+    wanted = [linear for linear in linears if linear.reason is None]
+    try:
+        groups = groups_of(tidied, wanted)
+    except Exception:
+        if recipe.strict:
+            raise
+        log.exception("sparse24: could not group the linears of a graph; each is measured by itself")
+        return {linear: (linear.out_features, None) for linear in wanted}
+    return {
+        linear: (sum(m.out_features for m in group.linears), group.kind) for group in groups for linear in group.linears
+    }
+
+
 class SparseGraph:
     """One Dynamo graph and its compiled variants, one for each set of weights that is sparse at a call.
 
@@ -82,88 +161,33 @@ class SparseGraph:
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         position = {n.name: i for i, n in enumerate(placeholders)}
         self.forward_only = inference.forward_only(gm, example_inputs)
-        self.tidied = gm
-        self.linears: list[Linear] = []
-        ready: set[Linear] = set()  # of those, the ones whose weights are multiplied as they came
-        try:
-            self.tidied = tidy(copy_of(gm))  # a copy: Dynamo reads its own placeholders afterwards
-            params = {n.name: x for n, x in zip(placeholders, example_inputs, strict=True)}
-            linears = find_linears(
-                self.tidied, layers=recipe.layers, skip=recipe.skip, ineligible=lambda name: ineligible(params[name])
-            )
-            if self.forward_only:
-                linears, ready = self._ready(linears, params)
-            self.linears = linears
-        except Exception:
-            if recipe.strict:
-                raise
-            log.exception("sparse24: could not read a graph; it stays dense")
+        params = {n.name: x for n, x in zip(placeholders, example_inputs, strict=True)}
+        self.tidied, linears, ready = read(gm, params.__getitem__, recipe, forward_only=self.forward_only)
+        self.inference = bool(ready)
+        self.trace = Trace()
+        for stage, graph in (("original", gm), ("tidied", self.tidied)):
+            self.trace.graph(stage, graph)
+        self.trace.linears(linears)
         self.sites: list[tuple[int, Linear]] = []  # (which input is the weight, its linear)
         self.others: list[int] = []  # weights that are dense here as long as they are not in training
-        together = self._together()
-        for linear in self.linears:
-            param: Any = example_inputs[position[linear.weight]] if linear.weight else None
-            reason = linear.reason
-            if linear in ready:
-                reason = inference.why_dense(linear, together[linear][0], recipe, param.device)
-                if reason is None:
-                    inference.attach(param, linear, recipe)
-            elif reason is None:
-                reason, linear = _by_speed(param, linear, together[linear], recipe)
-                if reason is None:
-                    weights.attach(param, linear.name, recipe).wgrad = linear.wgrad
-            if reason is None:
-                self.sites.append((position[linear.weight], linear))
-            else:
-                self._leave_dense(param, linear, reason)
-                if linear in ready or reason == inference.NOT_TWO_FOUR:
+        for linear in linears:
+            param: Any = params[linear.weight] if linear.weight else None
+            if linear.reason is not None:
+                self._leave_dense(param, linear, linear.reason)
+                if linear.weight in ready or linear.reason == inference.NOT_TWO_FOUR:
                     self.others.append(position[linear.weight])
-        self.inference = bool(ready)
+                continue
+            if linear.weight in ready:
+                inference.attach(param, linear, recipe)
+            else:
+                weights.attach(param, linear.name, recipe).wgrad = linear.wgrad
+            self.sites.append((position[linear.weight], linear))
         self.dynamic = any(_is_dynamic(n) for n in placeholders)
         self.variants: dict[int, Variant] = {}
         known = self._weights(example_inputs)
         self._variant(_active(known), example_inputs, known, at_compile_time)
         if self.dynamic and self.sites:
             self._variant(0, example_inputs, known, at_compile_time)
-
-    def _ready(self, linears: list[Linear], params: Mapping[str, Any]) -> tuple[list[Linear], set[Linear]]:
-        """The linears of a graph that computes no gradient, and which of them have weights that are 2:4 as they came.
-
-        linears: as found under the recipe's `layers`. Those that are 2:4 are taken whatever `layers` says, frozen or
-        not; beside them nothing is made sparse that is not in training.
-        """
-        every = find_linears(
-            self.tidied, layers=("*",), skip=self.recipe.skip, ineligible=lambda name: _unfit(params[name])
-        )
-        ready = {m for m in every if m.reason is None and inference.is_ready(params[m.weight], m)}
-        if not ready:
-            return linears, ready
-        decided = []
-        for linear, unrestricted in zip(linears, every, strict=True):
-            if unrestricted in ready:
-                linear = unrestricted
-            elif linear.reason is None and not inference.in_training(params[linear.weight]):
-                linear = replace(linear, reason=inference.NOT_TWO_FOUR)
-            decided.append(linear)
-        return decided, ready
-
-    def _together(self) -> dict[Linear, tuple[int, str | None]]:
-        """For each linear that may be sparse the out_features of the matmul it would be part of, and the activation
-        fused behind it.
-        """
-        wanted = [linear for linear in self.linears if linear.reason is None]
-        try:
-            groups = groups_of(self.tidied, wanted)
-        except Exception:
-            if self.recipe.strict:
-                raise
-            log.exception("sparse24: could not group the linears of a graph; each is measured by itself")
-            return {linear: (linear.out_features, None) for linear in wanted}
-        return {
-            linear: (sum(m.out_features for m in group.linears), group.kind)
-            for group in groups
-            for linear in group.linears
-        }
 
     @property
     def dense(self) -> Compiled:
@@ -211,6 +235,7 @@ class SparseGraph:
             at = dict(zip(linears, sites, strict=True))
             groups = [(g, [at[linear] for linear in g.linears]) for g in rewrite(gm, linears)]
             variant = Variant(groups=groups, forward_only=self.forward_only)
+            self.trace.graph("rewritten", gm)
             _name_sources(gm)
             examples = variant.examples(known, static=inner.inner != "eager")
             variant.compiled = _compile_inner(gm, [*args, *examples], inner, self.mode)
@@ -319,10 +344,8 @@ def ineligible(param: Any) -> str | None:
     return reason
 
 
-def _by_speed(
-    param: Tensor, linear: Linear, together: tuple[int, str | None], recipe: Recipe
-) -> tuple[str | None, Linear]:
-    """(why it stays dense, or None;  the linear with its way of taking the weight gradient).
+def _by_speed(param: Tensor, linear: Linear, together: tuple[int, str | None], recipe: Recipe) -> Linear:
+    """The linear with why it stays dense, if it does, and its way of taking the weight gradient.
 
     together: out_features of the matmul that it and its neighbours become, and its activation; what is measured is that
     matmul, so the neighbours find the same. A weight is decided on once: another graph, another number of tokens or a
@@ -330,25 +353,26 @@ def _by_speed(
     """
     known = weights.get(param)
     if known is not None and known.recipe == recipe and known.decided and not known.pruned:
-        return known.reason_skipped, replace(linear, wgrad=known.wgrad)
+        return replace(linear, reason=known.reason_skipped, wgrad=known.wgrad)
     waiting = weights.waiting(param)
     if "wgrad" in waiting:
-        return waiting.get("reason"), replace(linear, wgrad=waiting["wgrad"])
+        return replace(linear, reason=waiting.get("reason"), wgrad=waiting["wgrad"])
     if recipe.when == "always":
-        return None, replace(linear, wgrad=recipe.wgrad)
+        return replace(linear, wgrad=recipe.wgrad)
     slow = providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
     if slow is not None:
-        return slow, linear
+        return replace(linear, reason=slow)
     try:
         rows, kind = together
         shape = (rows, linear.in_features, linear.tokens)
         found = gain(*shape, linear.dtype, param.dtype, param.device, recipe.wgrad, kind)
     except torch.OutOfMemoryError:
         log.warning("sparse24: %s: no memory is left to measure whether it gains; it is sparse", linear.name)
-        return None, replace(linear, wgrad=recipe.wgrad)
+        return replace(linear, wgrad=recipe.wgrad)
     if not found.faster:
-        return f"{weights.SLOWER}, {found.dense_ms:.2f} ms a step against {found.sparse_ms:.2f} ms", linear
-    return None, replace(linear, wgrad=found.wgrad)
+        slower = f"{weights.SLOWER}, {found.dense_ms:.2f} ms a step against {found.sparse_ms:.2f} ms"
+        return replace(linear, reason=slower)
+    return replace(linear, wgrad=found.wgrad)
 
 
 def _is_dynamic(placeholder: torch.fx.Node) -> bool:

@@ -63,18 +63,24 @@ class Session:
         total = sum(w.shape[0] * w.shape[1] for w in refreshed)
         return sum(w.flips or 0 for w in refreshed) / total if total else 0.0
 
-    def metrics(self) -> dict[str, float]:
-        """Numbers to log: step, sparse (1.0 or 0.0), flip_rate, refresh_every, sparse_weights, dense_weights."""
-        everything = self.weights.values()
-        sparse = [w for w in everything if w.reason_skipped is None]
-        return {
+    def metrics(self, per_layer: bool = True) -> dict[str, float]:
+        """Numbers to log: step, sparse (1.0 or 0.0), flip_rate, refresh_every, sparse_weights, dense_weights,
+        memory/KIND (bytes, as `memory` names them) and, with per_layer, flip_rate/NAME of each sparse weight.
+        """
+        everything = self.weights
+        sparse = {name: w for name, w in everything.items() if w.reason_skipped is None}
+        numbers = {
             "step": float(self.step),
             "sparse": float(self.phase == "sparse"),
             "flip_rate": self.flip_rate(),
-            "refresh_every": float(sparse[0].recipe.refresh_every if sparse else 0),
+            "refresh_every": float(next(iter(sparse.values())).recipe.refresh_every if sparse else 0),
             "sparse_weights": float(len(sparse)),
             "dense_weights": float(len(everything) - len(sparse)),
         }
+        numbers |= {f"memory/{kind}": float(size) for kind, size in self.memory().items()}
+        if per_layer:
+            numbers |= {f"flip_rate/{name}": (w.flips or 0) / (w.shape[0] * w.shape[1]) for name, w in sparse.items()}
+        return numbers
 
     def memory(self) -> dict[str, int]:
         """Bytes by kind: dense masters of the sparse layers, their packed forms (W and W^T), masks kept without

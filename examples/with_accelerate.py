@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> float:
                 continue
             done += 1
             if done > step and done % args.save_every == 0:
-                accelerator.print({"step": done, "loss": loss.item(), **session.metrics()})
+                accelerator.print({"step": done, "loss": loss.item(), **session.metrics(per_layer=False)})
                 accelerator.save_state(args.out / f"step_{done}")
             if done >= args.steps:
                 break

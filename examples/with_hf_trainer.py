@@ -21,7 +21,8 @@ class Sparse24Callback(TrainerCallback):
     """Adds the session's metrics to the log, and its state to every checkpoint and to a resumed run."""
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
-        metrics = {f"sparse24/{key}": value for key, value in sparse24.session(model).metrics().items()}
+        numbers = sparse24.session(model).metrics(per_layer=False)
+        metrics = {f"sparse24/{key}": value for key, value in numbers.items()}
         state.log_history[-1].update(metrics)
         logs.update(metrics)
 

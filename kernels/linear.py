@@ -123,5 +123,5 @@ class _SparseLinearGLU(torch.autograd.Function):
         if need_x:
             dx = ops.spmm(packed_t, d, tokens.shape[1])
         if need_bias:
-            dbias = sums.sum(0).to(bias.dtype)
+            dbias = sums.to(bias.dtype)
         return dx, None, None, None, dbias, None, None, None, None, *dws

@@ -72,10 +72,9 @@ def glu(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 
 
 def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-    """Gradient of `glu` at gate_up, dh [T, F] -> the shape of gate_up, and its sums over 64 tokens each.
+    """Gradient of `glu` at gate_up, dh [T, F] -> the shape of gate_up, and that of the bias, fp32 [2F or F].
 
-    The sums are fp32 [T' / 64, 2F or F], and the bias gradient their column sum; without a bias there are none, [0, 2F
-    or F].
+    The latter is the column sum of the former; without a bias it is empty, [0].
     """
     return torch.ops.sparse24.glu_backward(dh, gate_up, bias, kind)
 
@@ -83,7 +82,7 @@ def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) ->
 def glu_backward_pack(
     dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str, seeds: Tensor, index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `glu_backward`, its `pack_gradient`, and the sums, from one read of dh and gate_up."""
+    """`glu_backward`, with the `pack_gradient` of its first gradient in between, from one read of dh and gate_up."""
     return torch.ops.sparse24.glu_backward_pack(dh, gate_up, bias, kind, seeds, index)
 
 
@@ -163,8 +162,7 @@ def _(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 
 
 def _fake_sums(gate_up: Tensor, bias: Tensor | None) -> Tensor:
-    tiles = 0 if bias is None else padded(gate_up.shape[0]) // layout.TILE
-    return gate_up.new_empty(tiles, gate_up.shape[1], dtype=torch.float32)
+    return gate_up.new_empty(0 if bias is None else gate_up.shape[1], dtype=torch.float32)
 
 
 @torch.library.register_fake("sparse24::glu_backward", lib=_lib)
@@ -189,7 +187,7 @@ def _glu_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _glu_autograd(ctx, dh):  # type: ignore[no-untyped-def]
     gate_up, bias = ctx.saved_tensors
     d, sums = glu_backward(dh, gate_up, bias, ctx.kind)
-    return d, sums.sum(0).to(bias.dtype) if bias is not None else None, None
+    return d, sums.to(bias.dtype) if bias is not None else None, None
 
 
 torch.library.register_autograd("sparse24::glu", _glu_autograd, setup_context=_glu_context, lib=_lib)

@@ -251,9 +251,4 @@ def glu_backward_pack(
 
 
 def _sums(d: Tensor, bias: Tensor | None) -> Tensor:
-    """Sums of d [T, F] over 64 tokens each, fp32 [T' / 64, F]; [0, F] where there is no bias to want them."""
-    tokens, width = d.shape
-    if bias is None:
-        return d.new_empty(0, width, dtype=torch.float32)
-    rest = padded(tokens) - tokens
-    return F.pad(d, (0, 0, 0, rest)).view(-1, layout.TILE, width).sum(1, dtype=torch.float32)
+    return d.new_empty(0, dtype=torch.float32) if bias is None else d.sum(0, dtype=torch.float32)

@@ -4,9 +4,11 @@ backend="sparse24").
 
 from .compiler.backend import sparse24 as backend
 from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateError
+from .compiler.explain import explain
 from .compiler.export import prune, save_safetensors
 from .compiler.onnx import export_onnx
 from .compiler.recipe import Recipe
+from .compiler.report import Report
 from .compiler.semi_structured import to_semi_structured
 from .compiler.session import Session, session
 from .compiler.tensorrt import export_tensorrt, trtexec
@@ -18,12 +20,14 @@ __all__ = [
     "NotFiniteError",
     "OptionError",
     "Recipe",
+    "Report",
     "Session",
     "SkippedError",
     "SparseWeight",
     "StateError",
     "Verification",
     "backend",
+    "explain",
     "export_onnx",
     "export_tensorrt",
     "prune",

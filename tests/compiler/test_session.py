@@ -227,11 +227,29 @@ def test_metrics_and_memory() -> None:
         "sparse_weights": 3.0,
         "dense_weights": 1.0,
     }
-    assert session.metrics() == expected
     n = 3 * 64 * 128
-    assert session.memory() == {"masters": 4 * n, "packed": 2 * n + n // 8, "packed_t": 2 * n + n // 8, "masks": 0}
+    sizes = {"masters": 4 * n, "packed": 2 * n + n // 8, "packed_t": 2 * n + n // 8, "masks": 0}
+    expected |= {f"memory/{kind}": float(size) for kind, size in sizes.items()}
+    assert session.metrics(per_layer=False) == expected
+    expected |= {f"flip_rate/blocks.0.{name}.weight": 0.0 for name in ("gate", "up", "down")}
+    assert session.metrics() == expected and {type(v) for v in session.metrics().values()} == {float}
+    assert session.memory() == sizes
     session.to_dense()
     assert session.memory() == {"masters": 4 * n, "packed": 0, "packed_t": 0, "masks": n // 8}
+
+
+def test_flip_rates_of_the_layers_pool_to_that_of_the_model() -> None:
+    model = Stack(SwiGLU(), MLP())
+    run, session = compiled(model, refresh_every=1), sparse24.session(model)
+    run(torch.randn(1, 64))
+    before = {name: w.mask() for name, w in session.weights.items() if w.reason_skipped is None}
+    train(run, torch.optim.AdamW(model.parameters(), lr=1e-1), 1)
+    metrics = session.metrics()
+    rates = {name: metrics[f"flip_rate/{name}"] for name in before}
+    assert len(rates) == 5 and all(
+        rates[name] == (mask != session.weights[name].mask()).float().mean().item() for name, mask in before.items()
+    )
+    assert 0 < metrics["flip_rate"] == pytest.approx(sum(rates.values()) / 5)  # all of one size
 
 
 def test_session_of_something_else() -> None:

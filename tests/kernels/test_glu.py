@@ -109,15 +109,14 @@ def test_odd_shapes(impl, kind, tokens):
 
 @pytest.mark.parametrize("tokens", [0, 3, 64, 193])
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
-def test_the_sums_for_the_bias_are_over_64_tokens_each(impl, kind, tokens):
-    """Of the rounded gradient, in fp32; poisoned memory behind the last token is not in them."""
+def test_the_gradient_of_the_bias(impl, kind, tokens):
+    """The column sums of the rounded gradient, in fp32."""
     for features in (2, 30, 130):
         dh, gate_up, bias = on(impl.device, *problem(kind, torch.bfloat16, True, tokens, features))
         d, sums = impl.glu_backward(dh, gate_up, bias, kind)
-        assert sums.dtype == torch.float32 and sums.shape == (-(-tokens // 64), gate_up.shape[1])
-        for i, part in enumerate(d.split(64) if tokens else ()):
-            torch.testing.assert_close(sums[i].double(), part.double().sum(0), rtol=1e-5, atol=1e-4)
-        assert impl.glu_backward(dh, gate_up, None, kind)[1].shape == (0, gate_up.shape[1])
+        assert sums.dtype == torch.float32
+        torch.testing.assert_close(sums.double(), d.double().sum(0), rtol=1e-5, atol=1e-4)
+        assert impl.glu_backward(dh, gate_up, None, kind)[1].shape == (0,)
 
 
 def test_inputs_of_any_strides(impl):

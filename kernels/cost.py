@@ -1,0 +1,134 @@
+"""What a layer costs a training step, by direction: measured on this GPU, or predicted for one by its roofline."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+from . import choice, layout
+from .gain import gain
+from .providers import CusparseLt, MaskedDense, Problem
+from .reference import padded
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Rates that a GPU sustains, not those of its data sheet: it settles at a lower clock under load.
+
+    dense, sparse: TFLOP/s of 16-bit matmuls, the operations of the dense product counted for both. memory, packing:
+    TB/s of a copy and of the packing kernels, which each read and write their bytes once.
+    """
+
+    name: str
+    dense: float
+    sparse: float
+    memory: float
+    packing: float
+
+
+#: Measured on an H200 at its 700 W limit, after two seconds of load, with torch 2.11, cuSPARSELt 0.8.0 and bf16. Of
+#: matmuls with a 14336x4096 weight and 16k to 32k tokens: dense 647 to 669 TFLOP/s, cuSPARSELt's best algorithm 992 to
+#: 1048. A copy of 16384x8192: 0.130 ms. Packing both forms of 14336x4096: 0.100 ms; pruning and packing a gradient of
+#: 16384x8192: 0.184 ms.
+GPUS = {"H200": Gpu("H200", dense=658, sparse=1020, memory=4.1, packing=2.4)}
+
+#: Layers narrower than this do not reach these rates: at 768x3072 a sparse matmul took 0.83 to 0.94 of the dense time,
+#: at 2048x8192 0.60 to 0.62.
+LARGE = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """ms a training step. packing: of the weight once a step, the masked decay included, and of the gradient."""
+
+    forward: float = 0.0
+    dgrad: float = 0.0
+    wgrad: float = 0.0
+    packing: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.dgrad + self.wgrad + self.packing
+
+    def share(self, part: float) -> "Times":
+        """Those of a part of the layer."""
+        return Times(*(getattr(self, f.name) * part for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """dense, sparse: times of a layer. wgrad: "dense" where the pruned weight gradient would not pay for its packing.
+    providers: who multiplies in forward, dgrad and wgrad. measured: on this GPU; else predicted.
+    """
+
+    dense: Times
+    sparse: Times
+    wgrad: str
+    providers: tuple[str, str, str]
+    measured: bool
+
+    @property
+    def faster(self) -> bool:
+        return self.sparse.total < self.dense.total
+
+
+def gpu_named(name: str) -> Gpu:
+    """A GPU of `GPUS`. Raises ValueError that lists them."""
+    if name not in GPUS:
+        raise ValueError(f"sparse24: found gpu={name!r}, need one whose rates are known: {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def measured(
+    rows: int,
+    cols: int,
+    tokens: int,
+    dtype: torch.dtype,
+    master: torch.dtype,
+    device: torch.device,
+    wgrad: str,
+    kind: str | None = None,
+) -> Cost:
+    """Cost of a weight [rows, cols] on a GPU; arguments as `gain` takes them, whose measurements these are."""
+    forward = choice.choose(Problem("spmm", rows, cols, tokens, dtype, device))
+    dgrad = choice.choose(Problem("spmm", cols, rows, tokens, dtype, device))
+    product = choice.choose(Problem("wgrad", rows, padded(tokens), cols, dtype, device))
+    found = gain(rows, cols, tokens, dtype, master, device, wgrad, kind)
+    wgrad_ms, wgrad_by = (
+        (product.ms, product.provider) if found.wgrad == "mvue" else (product.dense_ms, MaskedDense.name)
+    )
+    packing = found.sparse_ms - forward.ms - dgrad.ms - wgrad_ms
+    return Cost(
+        Times(forward.dense_ms, dgrad.dense_ms, product.dense_ms),
+        Times(forward.ms, dgrad.ms, wgrad_ms, packing),
+        found.wgrad,
+        (forward.provider, dgrad.provider, wgrad_by if found.wgrad == "mvue" else "dense"),
+        True,
+    )
+
+
+def predicted(rows: int, cols: int, tokens: int, master: torch.dtype, gpu: Gpu, wgrad: str) -> Cost:
+    """Cost of a weight [rows, cols] of dtype `master`, multiplied in a 16-bit type, by a roofline.
+
+    A matmul takes the time of its operations and of its bytes, one after the other. Too kind to layers below `LARGE`.
+    """
+    weight, moved = rows * cols, 2 * tokens * (rows + cols)  # bytes of x and y
+
+    def matmul(rate: float, operand: float) -> float:
+        return 2 * tokens * weight / (rate * 1e9) + (moved + operand) / (gpu.memory * 1e9)
+
+    packed = layout.numel(rows, cols, torch.bfloat16) * 2
+    dense, sparse = matmul(gpu.dense, 2 * weight), matmul(gpu.sparse, packed)
+    dense_wgrad = matmul(gpu.dense, 2 * weight)
+    packed_dy = layout.numel(rows, padded(tokens), torch.bfloat16) * 2
+    gradient = (2 * tokens * rows + packed_dy) / (gpu.packing * 1e9)
+    sparse_wgrad = matmul(gpu.sparse, 2 * weight) if wgrad == "mvue" else math.inf
+    pruned = sparse_wgrad + gradient < dense_wgrad
+    packing = (weight * master.itemsize + 2 * packed) / (gpu.packing * 1e9)
+    decay = weight * (3 * master.itemsize + 1 / 8) / (gpu.memory * 1e9)  # reads W, g and the mask, writes g
+    times = Times(
+        sparse, sparse, sparse_wgrad if pruned else dense_wgrad, packing + decay + (gradient if pruned else 0.0)
+    )
+    by = CusparseLt.name
+    providers = (by, by, by if pruned else "dense")
+    return Cost(Times(dense, dense, dense_wgrad), times, "mvue" if pruned else "dense", providers, False)
