@@ -1,7 +1,6 @@
 """Report.html: one page without network access, of what explain found."""
 
 import base64
-import json
 import logging
 import struct
 import zlib
@@ -29,24 +28,37 @@ _PICTURE = 128  # rows and columns of a mask that are shown
 _STAGES = ("captured", "forward", "backward")
 
 _STYLE = """
-body{font:14px/1.4 system-ui,sans-serif;margin:1.5em;color:#222}
-table{border-collapse:collapse}td,th{padding:2px 8px;text-align:left;border-bottom:1px solid #ddd}
-.block{display:inline-block;vertical-align:top;border:1px solid #ccc;border-radius:6px;margin:3px;padding:5px}
-.layer{display:block;border-radius:4px;padding:1px 6px;margin:2px 0}
-.sparse{background:#bfe5bf}.slower{background:#ffe0a3}.dense{background:#e6e6e6}
+:root{color-scheme:light dark;--text:#222;--page:#fff;--line:#ccc;--sparse:#bfe5bf;--slower:#ffe0a3;--dense:#e6e6e6;
+--new:#d6f5d6;--gone:#f7dcdc;--on:#2560c0}
+@media(prefers-color-scheme:dark){:root{--text:#ddd;--page:#161618;--line:#555;--sparse:#1f4d27;--slower:#5c4510;
+--dense:#3a3a3c;--new:#1a3a20;--gone:#4a2222;--on:#7aa7ff}}
+body{font:14px/1.4 system-ui,sans-serif;margin:1.5em;color:var(--text);background:var(--page);overflow-wrap:anywhere}
+table{border-collapse:collapse}td,th{padding:2px 8px 2px 0;text-align:left;vertical-align:top}
+th{font-weight:normal;overflow-wrap:normal}
+.key span{padding:1px 6px;border-radius:4px}
+.blocks{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20em),1fr));gap:6px;align-items:start}
+.block{border:1px solid var(--line);border-radius:6px;padding:5px;min-width:0}
+.layer{border-radius:4px;padding:1px 6px;margin:2px 0}
+summary{cursor:pointer}
+.sparse{background:var(--sparse)}.slower{background:var(--slower)}.dense{background:var(--dense)}
 .pair{display:flex;gap:8px}.pair>div{flex:1;min-width:0}
-pre{height:32em;overflow:auto;border:1px solid #ccc;margin:0;font-size:12px}
-pre span{display:block;cursor:pointer;white-space:pre;padding:0 4px}
-pre .new{background:#d6f5d6}pre .gone{background:#f7dcdc}pre .on{outline:2px solid #2560c0}pre .off{display:none}
-img{image-rendering:pixelated;width:384px;border:1px solid #ccc}
+pre{max-height:32em;overflow:auto;border:1px solid var(--line);margin:0;font-size:12px}
+pre span{display:block;cursor:pointer;white-space:pre-wrap;padding:0 4px 0 2em;text-indent:-1.5em}
+pre .new{background:var(--new)}pre .gone{background:var(--gone)}pre .on{outline:2px solid var(--on);outline-offset:-2px}
+pre .off{display:none}
+img{image-rendering:pixelated;width:256px;max-width:100%;border:1px solid var(--line)}
+input{font:inherit;width:24em;max-width:100%;box-sizing:border-box}
+svg{width:600px;max-width:100%;border:1px solid var(--line)}
+polyline{fill:none;stroke:var(--text);stroke-width:.7;opacity:.6}polyline.all{stroke:var(--on);stroke-width:3;opacity:1}
+@media(max-width:700px){body{margin:.8em}.pair{flex-direction:column}pre{max-height:20em}input{font-size:16px}}
 """
 
 _SCRIPT = """
-const nodes = () => document.querySelectorAll("pre span");
+const nodes = [...document.querySelectorAll("pre span")], found = document.getElementById("found");
 document.addEventListener("click", event => {
   const node = event.target.closest("pre span");
   if (!node) return;
-  nodes().forEach(other => other.classList.toggle("on", other.dataset.key === node.dataset.key));
+  nodes.forEach(other => other.classList.toggle("on", other.dataset.key === node.dataset.key));
   document.querySelectorAll("pre").forEach(pre => {
     const first = pre.querySelector(".on");
     if (first && pre !== node.parentNode) pre.scrollTop = first.offsetTop - pre.offsetTop - 40;
@@ -54,44 +66,48 @@ document.addEventListener("click", event => {
 });
 document.getElementById("search").addEventListener("input", event => {
   const wanted = event.target.value.toLowerCase();
-  nodes().forEach(node => node.classList.toggle("off",
+  nodes.forEach(node => node.classList.toggle("off",
     !(node.textContent + node.dataset.key).toLowerCase().includes(wanted)));
+  found.value = wanted && `${nodes.filter(node => !node.classList.contains("off")).length} of ${nodes.length} nodes`;
+  if (wanted) document.querySelectorAll(".graph").forEach(graph => {
+    graph.open = graph.querySelector("span:not(.off)") !== null;
+  });
 });
-const masks = JSON.parse(document.getElementById("masks").textContent), pick = document.getElementById("pick");
-if (pick) pick.addEventListener("change", () => { document.getElementById("mask").src = masks[pick.value]; });
 """
 
 
 def page(report: "Report", session: Session | None, history: Sequence[Mapping[str, float]]) -> str:
     """The page's text; arguments as `Report.html` takes them."""
-    masks = _masks(session) if session is not None else {}
+    points = list(history) or ([session.metrics()] if session is not None else [])
     parts = [
         "<h1>sparse24</h1>",
         *(f"<p>{escape(line)}</p>" for line in report.summary()),
         "<h2>Model</h2>",
-        '<p><span class="sparse">sparse</span> <span class="slower">sparse here, dense is faster on '
-        f'{escape(report.gpu)}</span> <span class="dense">dense</span></p>',
-        *_blocks(report),
+        '<p class="key"><span class="sparse">sparse</span> <span class="slower">sparse here, dense is faster on '
+        f'{escape(report.gpu)}</span> <span class="dense">dense</span></p><p>A click on a layer shows what is known of '
+        "it.</p>",
+        '<div class="blocks">',
+        *_blocks(report, _masks(session) if session is not None else {}, points[-1] if points else {}),
+        "</div>",
         "<h2>Layers</h2>",
-        f"<pre>{escape(report.table())}</pre>",
+        f"<pre>{escape(report.table().split(chr(10) * 2)[0])}</pre>",
         "<h2>Graphs</h2>",
-        "<p>Left as the model is, right as it is rewritten: red lines are gone, green ones new. A click marks what "
+        "<p>First as the model is, then as it is rewritten: red lines are gone, green ones new. A click marks what "
         "comes from the same line of the same module.</p>",
-        '<p><input id="search" placeholder="search nodes and modules" size="40"></p>',
+        '<p><input id="search" type="search" placeholder="search nodes and modules" '
+        'aria-label="search nodes and modules"> <output id="found"></output></p>',
         *_graphs(report),
         *_kernels(session),
-        *_flips(session, history),
-        *_mask_picture(masks),
+        *_curves(points),
     ]
-    data = json.dumps(masks).replace("<", "\\u003c")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>sparse24</title><style>{_STYLE}</style>'
-        f'</head><body>{chr(10).join(parts)}<script type="application/json" id="masks">{data}</script>'
-        f"<script>{_SCRIPT}</script></body></html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width,initial-scale=1"><title>sparse24</title><style>{_STYLE}</style></head>'
+        f"<body>{chr(10).join(parts)}<script>{_SCRIPT}</script></body></html>\n"
     )
 
 
-def _blocks(report: "Report") -> Iterator[str]:
+def _blocks(report: "Report", masks: Mapping[str, str], last: Mapping[str, float]) -> Iterator[str]:
     """Parameters by the module two levels up (a block's attention or feed-forward), in the model's order."""
     blocks: dict[str, list[Row]] = {}
     for row in report.rows:
@@ -100,12 +116,24 @@ def _blocks(report: "Report") -> Iterator[str]:
         yield f'<div class="block"><b>{escape(name or "model")}</b>'
         for row in rows:
             kind = "dense" if not row.sparse else "sparse" if report.gains(row) else "slower"
-            leaf, why = ".".join(row.name.split(".")[-2:]), row.reason or ""
+            leaf = ".".join(row.name.split(".")[-2:])
             yield (
-                f'<span class="layer {kind}" title="{escape(row.name + (": " + why if why else ""))}">{escape(leaf)} '
-                f"{' x '.join(map(str, row.shape))} <i>{escape(row.role)}</i></span>"
+                f'<details class="layer {kind}" data-name="{escape(row.name)}"><summary>{escape(leaf)} '
+                f"{' x '.join(map(str, row.shape))} <i>{escape(row.role)}</i></summary>"
+                f"{_panel(report, row, masks.get(row.name), last.get(f'flip_rate/{row.name}'))}</details>"
             )
         yield "</div>"
+
+
+def _panel(report: "Report", row: "Row", mask: str | None, flip_rate: float | None) -> str:
+    """What is known of one layer; the mask as a picture."""
+    shown = {**report.described(row), "flip rate": "" if flip_rate is None else f"{flip_rate:.4f}"}
+    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in shown.items() if text)
+    table = f"<table>{lines}</table>"
+    if mask is None:
+        return table
+    caption = f"the mask's first {_PICTURE} rows and columns, white where a weight is kept"
+    return f'{table}<p>{caption}:</p><img alt="mask" src="{mask}">'
 
 
 # --------------------------------------------------------------------------------------------------------------- graphs
@@ -118,7 +146,8 @@ def _graphs(report: "Report") -> Iterator[str]:
             if stage not in before and stage not in after:
                 continue
             old, new = (_nodes(found[stage]) if stage in found else [] for found in (before, after))
-            yield f"<details{' open' if stage == 'captured' and i == 0 else ''}><summary>graph {i}, {stage}</summary>"
+            opened = " open" if stage == "captured" and i == 0 else ""
+            yield f'<details class="graph"{opened}><summary>graph {i}, {stage}</summary>'
             yield '<div class="pair">'
             yield f"<div><pre>{_lines(old, new, 'gone')}</pre></div>"
             yield f"<div><pre>{_lines(new, old, 'new')}</pre></div></div></details>"
@@ -245,35 +274,21 @@ def png(mask: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(file).decode()
 
 
-def _mask_picture(masks: Mapping[str, str]) -> Iterator[str]:
-    if masks:
-        options = "".join(f"<option>{escape(name)}</option>" for name in masks)
-        yield f"<h2>Masks</h2><p>the first {_PICTURE} rows and columns, white where a weight is kept: "
-        yield f'<select id="pick">{options}</select></p><img id="mask" alt="mask" src="{next(iter(masks.values()))}">'
-
-
-def _flips(session: Session | None, history: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """A curve of the flip rate over the steps, a thin one for each layer; without a history the last rates."""
-    points = list(history) or ([session.metrics()] if session is not None else [])
-    if not points:
+def _curves(points: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """The flip rate over the steps, a thin curve for each layer."""
+    if len(points) < 2:
         return
+    names = [name for name in points[-1] if name == "flip_rate" or name.startswith("flip_rate/")]
+    top = max((p.get(name, 0.0) for p in points for name in names), default=0.0) or 1.0
+    first, last = points[0].get("step", 0.0), points[-1].get("step", 0.0)
     yield "<h2>Flip rates</h2>"
-    if len(points) > 1:
-        names = [name for name in points[-1] if name == "flip_rate" or name.startswith("flip_rate/")]
-        top = max((p.get(name, 0.0) for p in points for name in names), default=0.0) or 1.0
-        first, last = points[0].get("step", 0.0), points[-1].get("step", 0.0)
-        yield f"<p>steps {first:.0f} to {last:.0f}, up to {top:.4f}; thick: of the model, thin: of each layer</p>"
-        yield '<svg viewBox="0 0 600 200" width="600" style="border:1px solid #ccc">'
-        for name in sorted(names, reverse=True):
-            at = [
-                f"{600 * (p.get('step', 0.0) - first) / max(last - first, 1):.1f},"
-                f"{200 - 195 * p.get(name, 0.0) / top:.1f}"
-                for p in points
-            ]
-            color, width = ("#2560c0", 3) if name == "flip_rate" else ("#888", 0.7)
-            yield f'<polyline fill="none" stroke="{color}" stroke-width="{width}" points="{" ".join(at)}">'
-            yield f"<title>{escape(name)}</title></polyline>"
-        yield "</svg>"
-    last_rates = {n.removeprefix("flip_rate/"): v for n, v in points[-1].items() if n.startswith("flip_rate/")}
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{rate:.4f}</td></tr>" for name, rate in last_rates.items())
-    yield f"<details><summary>of each layer, last</summary><table>{rows}</table></details>"
+    yield f"<p>steps {first:.0f} to {last:.0f}, up to {top:.4f}; thick: of the model, thin: of each layer</p>"
+    yield '<svg viewBox="0 0 600 200">'
+    for name in sorted(names, reverse=True):
+        at = [
+            f"{600 * (p.get('step', 0.0) - first) / max(last - first, 1):.1f},{200 - 195 * p.get(name, 0.0) / top:.1f}"
+            for p in points
+        ]
+        cls = ' class="all"' if name == "flip_rate" else ""
+        yield f'<polyline{cls} points="{" ".join(at)}"><title>{escape(name)}</title></polyline>'
+    yield "</svg>"

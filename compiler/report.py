@@ -130,9 +130,18 @@ class Report:
         if row.sparse:
             by = " ".join(dict.fromkeys(row.cost.providers)) if row.cost else ""
             if row.cost is not None and not row.cost.faster:
-                note = f"dense is faster on {self.gpu}" + (", so it would be" if self.recipe.when == "faster" else "")
+                so = ", so it would stay dense" if self.recipe.when == "faster" else ""
+                note = f"dense is faster on {self.gpu}{so}"
         size = f"{row.dense_bytes / 1e6:.2f}", f"{row.packed_bytes / 1e6:.2f}" if row.packed_bytes else ""
         return (row.name, " x ".join(map(str, row.shape)), row.role, by, *times, *size, note)
+
+    def described(self, row: Row) -> dict[str, str]:
+        """What is known of one row, in words; empty where there is nothing to say."""
+        names = ("parameter", "out x in", "role", "by", *(f"{name} ms" for name in _DIRECTIONS), "sum ms")
+        cells = dict(zip((*names, "dense MB", "packed MB", "note"), self._cells(row), strict=True))
+        tokens = str(row.tokens) if row.tokens else ""
+        together = ", ".join(name for name in row.together if name != row.name)
+        return {**cells, "tokens": tokens, "in": str(row.dtype).removeprefix("torch."), "in one product with": together}
 
     def summary(self) -> list[str]:
         """The lines below the table: what is sparse, totals, and what they rest on."""

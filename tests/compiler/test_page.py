@@ -1,8 +1,8 @@
 """Report.html: one page that holds what it promises, and needs nothing but itself."""
 
 import base64
+import html
 import io
-import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -44,8 +44,8 @@ class Page(HTMLParser):
         if tag == "pre":
             self.panels.append([])
         self._node = {"text": "", **given} if "data-key" in given else None
-        if "title" in given and tag == "span":
-            self.classes[str(given["title"]).split(": ")[0]] = str(given["class"]).split()[1]
+        if "data-name" in given:
+            self.classes[str(given["data-name"])] = str(given["class"]).split()[1]
 
     def handle_data(self, data: str) -> None:
         if self._node is not None:
@@ -64,6 +64,21 @@ def written(path: Path, report: sparse24.Report, *args: Any) -> tuple[Page, str]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     text = path.read_text()
     return Page(text), text
+
+
+def test_a_layer_s_panel_says_what_the_table_says(tmp_path: Path) -> None:
+    report = sparse24.explain(Stack(SwiGLU()), torch.randn(4, 64))
+    _, text = written(tmp_path / "page.html", report)
+    panels = dict(re.findall(r'data-name="([^"]*)".*?<table>(.*?)</table>', text, re.DOTALL))
+    assert list(panels) == [row.name for row in report.rows]
+    for row in report.rows:
+        said = dict(re.findall(r"<th>(.*?)</th><td>(.*?)</td>", panels[row.name]))
+        assert said["parameter"] == row.name and said["out x in"] == " x ".join(map(str, row.shape))
+        assert said["tokens"] == "4" and said["in"] == "float32" and "flip rate" not in said
+        assert row.reason is None or said["note"] == html.escape(row.reason)
+        line = next(line for line in report.table().splitlines() if line.startswith(row.name))
+        assert all(html.unescape(said[name]) in line for name in ("by", "forward ms", "dense MB", "sum ms"))
+    assert "<th>in one product with</th><td>blocks.0.up.weight</td>" in panels["blocks.0.gate.weight"]
 
 
 def test_the_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
@@ -129,7 +144,7 @@ def test_of_a_session_it_shows_masks_and_flip_rates(tmp_path: Path) -> None:
         train(run, optimizer, 1, seed)
         history.append(session.metrics())
     _, text = written(tmp_path / "page.html", report, session, history)
-    masks = json.loads(re.findall(r'id="masks">(.*?)</script>', text)[0])
+    masks = dict(re.findall(r'data-name="([^"]*)"(?:(?!</details>).)*<img alt="mask" src="([^"]*)"', text, re.DOTALL))
     assert set(masks) == {f"blocks.0.{name}.weight" for name in ("gate", "up", "down")}
     for name, uri in masks.items():
         picture = image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
