@@ -1,15 +1,22 @@
-"""The README's table, and a picture of it, from the saved results of step.py."""
+"""The tables of the README and of docs/, and a picture, from the saved results.
+
+A table stands between `<!-- made by benchmarks/tables.py: NAME -->` and `<!-- end -->`, NAME one of TABLES; without a
+name it is that of step.py. What has no saved result says so.
+"""
 
 import argparse
 import json
 import os
+import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "h200"
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- made by benchmarks/tables.py -->\n", "<!-- end -->\n"
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "kernels.md"]
+BLOCK = re.compile(r"(<!-- made by benchmarks/tables\.py(?:: (\w+))? -->\n).*?(<!-- end -->\n)", re.DOTALL)
 NAMES = {
     "llama3-8b-width": "Llama-3-8B width, 4 layers, 8 x 2048 tokens",
     "llama-1b-width": "Llama-1B width, 8 layers, 16 x 2048 tokens",
@@ -23,7 +30,20 @@ NAMES = {
 LAYERS = {"ffn": "feed-forward", "all": "and attention"}
 
 
-def load(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+# What the kernels of a profile are, by a part of their names.
+KINDS = {
+    "sparse matmuls": ("sparse_gemm",),
+    "dense matmuls": ("nvjet", "gemm", "cutlass"),
+    "attention": ("sdpa", "flash"),
+    "optimizer": ("multi_tensor_apply",),
+    "packing, pruning, fused activations": ("glu_", "pack_", "masked_decay"),
+}
+OTHER, ALL = "the rest", "all kernels"
+
+Row = dict[str, Any]
+
+
+def rows_of(folder: Path) -> tuple[list[Row], Row]:
     """The rows of every step_*.json, in the order of NAMES, and where they were taken."""
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("step*.json"))]
     if not files:
@@ -34,17 +54,136 @@ def load(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     ]
 
 
-def table(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
-    lines = [
-        "| model | sparse layers | weights | dense | sparse24 | speed-up | steady micro-step |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def markdown(header: str, rows: list[list[str]]) -> str:
+    """A table. header: the names of the columns with " | " between."""
+    lines = [f"| {header} |", "|" + "---|" * len(header.split(" | "))]
+    return "".join(f"{line}\n" for line in lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def where(environment: Row) -> str:
+    versions = [environment["gpu"], f"torch {environment['torch']}", f"triton {environment['triton']}"]
+    versions += [f"cuSPARSELt {environment['cusparselt']}"] if environment["cusparselt"] else []
+    return f"\n{', '.join(versions)}, {environment['date']}.\n"
+
+
+def made_by(environment: Row) -> str:
+    return where(environment) + f"\nMade by `{environment['command']}`.\n"
+
+
+def labels(row: Row) -> list[str]:
+    return [NAMES[row["model"]], LAYERS[row["layers"]]]
+
+
+def steps(folder: Path) -> str:
+    rows, environment = rows_of(folder)
+    header = "model | sparse layers | weights | dense | sparse24 | speed-up | steady micro-step"
+    cells = []
     for row in rows:
-        cells = [NAMES[row["model"]], LAYERS[row["layers"]], str(row["sparse_weights"])]
-        cells += [f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms"]
-        lines.append("| " + " | ".join([*cells, f"{row['ratio']:.2f}", f"{row['micro_ratio']:.2f}"]) + " |")
-    versions = f"torch {where['torch']}, triton {where['triton']}, cuSPARSELt {where['cusparselt']}"
-    return "\n".join(lines) + f"\n\n{where['gpu']}, {versions}, {where['date']}.\n"
+        times = [f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms"]
+        cells.append([*labels(row), str(row["sparse_weights"]), *times, f"{row['ratio']:.2f}"])
+        cells[-1].append(f"{row['micro_ratio']:.2f}")
+    return markdown(header, cells) + where(environment)
+
+
+def first_steps(folder: Path) -> str:
+    """Memory and the first step, whose time is mostly compilation."""
+    rows, environment = rows_of(folder)
+    header = "model | sparse layers | masters | packed | peak above, dense | peak above, sparse24"
+    header += " | first step, dense | first step, sparse24"
+    cells = []
+    for row in rows:
+        held, peak, first = row["resident_gib"], row["peak_gib_above_resident"], row["first_step_s"]
+        sizes = [held["masters"] / 2**30, (held["packed"] + held["packed_t"]) / 2**30, peak["dense"], peak["sparse"]]
+        times = [f"{first['dense']:.1f} s", f"{first['sparse']:.1f} s"]
+        cells.append([*labels(row), *(f"{size:.2f} GiB" for size in sizes), *times])
+    return markdown(header, cells) + where(environment)
+
+
+def profile(folder: Path) -> str:
+    """ms of a step by kind of kernel, dense > sparse24, where step.py took a profile."""
+    rows, environment = rows_of(folder)
+    kinds = [*KINDS, OTHER, ALL]
+    cells = []
+    for row in rows:
+        if "profile_sparse" in row:
+            dense, sparse = (_by_kind(row[f"profile_{way}"]) for way in ("dense", "sparse"))
+            cells.append([*labels(row), *(f"{dense[kind]:.1f} > {sparse[kind]:.1f}" for kind in kinds)])
+    return markdown(" | ".join(["model", "sparse layers", *kinds]), cells) + where(environment)
+
+
+def _by_kind(kernels: dict[str, float]) -> dict[str, float]:
+    kinds = dict.fromkeys([*KINDS, OTHER, ALL], 0.0)
+    for name, ms in kernels.items():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHER)
+        kinds[ALL if name == ALL else kind] += ms
+    listed = sum(ms for kind, ms in kinds.items() if kind != ALL)
+    kinds[OTHER] += kinds[ALL] - listed  # a profile lists its longest kernels only
+    return kinds
+
+
+def loss(folder: Path) -> str:
+    """The held-out loss of each saved run of examples/train_gpt.py."""
+    cells = []
+    for path in sorted(folder.parent.glob("*/train_gpt/report.json")):
+        saved = json.loads(path.read_text())
+        machine, settings = saved["machine"], saved["settings"]
+        sparse, dense = (saved["runs"][name]["held_out"] for name in ("sparse24", "dense"))
+        flips = saved["flip_rate"]
+        what = f"{settings['depth']} blocks, width {settings['width']}, {settings['steps']} steps"
+        device = f"{machine['device']}, torch {machine['torch']}, {machine['date'][:10]}"
+        rate = " / ".join(f"{flips[at]:.3f}" for at in ("start", "peak", "end"))
+        speed = saved["tokens_per_second"]["sparse24"] / saved["tokens_per_second"]["dense"]
+        over = f"{saved['held_out_over_dense_percent']:+.1f}%"
+        cells.append([device, what, f"{dense:.4f}", f"{sparse:.4f}", over, rate, f"{speed:.2f}"])
+    header = "machine | model | dense | sparse24 | over dense | flip rate, start / peak / end | speed while sparse"
+    return markdown(header, cells)
+
+
+def kernels(folder: Path) -> str:
+    saved = _saved(folder / "pack.json")
+    if saved is None:
+        return "No saved results yet: `python benchmarks/pack.py` on a GPU writes them.\n"
+    cells = []
+    for row in saved["rows"]:
+        cells.append([f"{row['kernel']}", row["of"].removeprefix("torch."), f"{row['ms']:.4f}"])
+        cells[-1] += [f"{row['gb_per_s']:.0f}", f"{row['of_a_copy']:.2f}"]
+    shape = {name: n for name, n in saved["shape"].items() if name != "out"}
+    said = ", ".join(f"{name} {n}" for name, n in shape.items())
+    table = markdown("kernel | of | ms | GB/s | of a copy's rate", cells)
+    return f"{table}\n{said}.\n{made_by(saved['environment'])}"
+
+
+def matmuls(folder: Path) -> str:
+    saved = _saved(folder / "gemm.json")
+    if saved is None:
+        return "No saved results yet: `python benchmarks/gemm.py` on a GPU writes them.\n"
+    cells = []
+    for row in saved["rows"]:
+        by = row["with"] + (f" ({row['provider']} {row['algorithm']})" if row.get("provider") else "")
+        cells.append([f"{row['k']} x {row['f']}", str(row["tokens"]), row["matmul"], by, f"{row['ms']['p50']:.4f}"])
+        cells[-1] += [f"{row['ratio']:.2f}", f"{row['of_peak']:.2f}", f"{row['cold_ms']:.4f}"]
+    header = "in x out | tokens | matmul | with | ms | over dense | of the dense peak | cold, ms"
+    return markdown(header, cells) + made_by(saved["environment"])
+
+
+def _saved(path: Path) -> Row | None:
+    found: Row | None = json.loads(path.read_text()) if path.exists() else None
+    return found
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "steps": steps,
+    "first_steps": first_steps,
+    "profile": profile,
+    "loss": loss,
+    "kernels": kernels,
+    "matmuls": matmuls,
+}
+
+
+def filled(text: str, folder: Path) -> str:
+    """A page's text with its tables made anew."""
+    return BLOCK.sub(lambda found: found[1] + TABLES[found[2] or "steps"](folder) + found[3], text)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -54,8 +193,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
-    labels = [f"{NAMES[row['model']].split(',')[0]}, {LAYERS[row['layers']]}" for row in rows][::-1]
-    bars = axes.barh(labels, [row["ratio"] for row in rows][::-1], color="#4477aa")
+    names = [f"{NAMES[row['model']].split(',')[0]}, {LAYERS[row['layers']]}" for row in rows][::-1]
+    bars = axes.barh(names, [row["ratio"] for row in rows][::-1], color="#4477aa")
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("speed of a whole training step over dense")
@@ -67,15 +206,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    p.add_argument("--readme", type=Path, default=README, help="file whose table is replaced")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--results", type=Path, default=RESULTS / "h200", help="folder of the results")
+    p.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="files whose tables are replaced")
     args = p.parse_args()
-    rows, where = load(args.results)
-    text = args.readme.read_text()
-    before, rest = text.split(BEGIN)
-    args.readme.write_text(before + BEGIN + table(rows, where) + END + rest.split(END, 1)[1])
-    draw(rows, args.results / "steps.svg")
+    for page in args.pages:
+        page.write_text(filled(page.read_text(), args.results))
+    draw(rows_of(args.results)[0], args.results / "steps.svg")
 
 
 if __name__ == "__main__":

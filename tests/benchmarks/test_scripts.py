@@ -1,6 +1,9 @@
-"""The benchmark scripts run, and what the README says of their results is what was saved."""
+"""The benchmark scripts run, and what README and docs say of their results is what was saved."""
 
+import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+tables = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tables)
 
 
 def run(script, *args):
@@ -16,18 +22,43 @@ def run(script, *args):
     return done.stdout
 
 
-def test_the_table_of_the_readme_is_that_of_the_results(tmp_path):
+PAGES = ["README.md", "docs/results.md", "docs/kernels.md"]
+
+
+def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path):
     pytest.importorskip("matplotlib")
-    results = tmp_path / "results"
-    results.mkdir()
-    for path in (ROOT / "benchmarks" / "results" / "h200").glob("step*.json"):
-        (results / path.name).write_text(path.read_text())
-    readme = tmp_path / "README.md"
-    text = (ROOT / "README.md").read_text()
-    readme.write_text(text.replace("| 1.", "| 9."))  # a stale table
-    run("tables.py", "--results", results, "--readme", readme)
-    assert readme.read_text() == text
-    assert "<svg" in (results / "steps.svg").read_text()
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
+    copies = []
+    for name in PAGES:
+        copies.append(tmp_path / name.replace("/", "_"))
+        stale = re.sub(r"(?m)^\|.*\d.*\|\n", "", (ROOT / name).read_text())
+        assert "made by benchmarks/tables.py" in stale, name
+        copies[-1].write_text(stale)
+    run("tables.py", "--results", tmp_path / "results" / "h200", "--pages", *copies)
+    for name, copy in zip(PAGES, copies, strict=True):
+        made = [block.group() for block in tables.BLOCK.finditer(copy.read_text())]
+        assert made == [block.group() for block in tables.BLOCK.finditer((ROOT / name).read_text())], name
+    assert "<svg" in (tmp_path / "results" / "h200" / "steps.svg").read_text()
+
+
+def test_tables_of_kernels_and_matmuls_hold_every_row(tmp_path):
+    environment = {"gpu": "GPU", "torch": "2", "triton": "3", "cusparselt": "", "date": "today", "command": "python x"}
+    for name in ("kernels", "matmuls"):
+        assert "No saved results yet" in tables.TABLES[name](tmp_path)
+    row = {"kernel": "glu", "of": "torch.float32", "ms": 0.5, "gb_per_s": 3e3, "of_a_copy": 0.75}
+    saved = {"environment": environment, "shape": {"rows": 64, "out": "file"}, "rows": [row]}
+    (tmp_path / "pack.json").write_text(json.dumps(saved))
+    text = tables.TABLES["kernels"](tmp_path)
+    assert "| glu | float32 | 0.5000 | 3000 | 0.75 |" in text and "rows 64." in text and "python x" in text
+    run("gemm.py", "--tiny", "--out", tmp_path / "gemm.json")
+    rows = json.loads((tmp_path / "gemm.json").read_text())["rows"]
+    text = tables.TABLES["matmuls"](tmp_path)
+    assert all(f"| {row['matmul']} | {row['with']}" in text and f"{row['ms']['p50']:.4f}" in text for row in rows)
+
+
+def test_a_profile_is_counted_whole():
+    kinds = tables._by_kind({"nvjet_a": 2.0, "sm90_xmma_sparse_gemm_b": 3.0, "glu_c": 1.0, "all kernels": 10.0})
+    assert kinds["dense matmuls"] == 2.0 and kinds["sparse matmuls"] == 3.0 and kinds[tables.OTHER] == 4.0
 
 
 @pytest.mark.parametrize(
