@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPES := build/types/sparse24
 
-.PHONY: train test test-gpu lint clean
+.PHONY: train test test-gpu lint docs clean
 .DELETE_ON_ERROR:
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -19,9 +19,10 @@ SHELL := bash
 train: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/train_gpt.py $(ARGS)
 
-# Two workers of one thread each: more threads than cores make torch's small CPU kernels many times slower.
+# Two workers of one thread each: more threads than cores make torch's small CPU kernels many times slower. -rs: what was
+# skipped, and why, stands at the end.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -rs $(ARGS)
 
 # On a machine with a GPU, in the environment that is active there. Each test is named in the log as soon as it ends.
 test-gpu:
@@ -36,9 +37,13 @@ lint: $(STAMP)
 	cp -Rp sparse24/. compiler passes kernels $(TYPES)
 	$(BIN)/mypy $(TYPES) examples | sed -E 's#^build/types/(sparse24/(compiler|passes|kernels))?#\2#'
 
+# The site, in build/site; a link to nowhere is an error. The variable silences the theme's notice of its end of life.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(STAMP): pyproject.toml constraints.txt tests/models/timm.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[train,test,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train,test,dev,docs]"
 	$(BIN)/python -m pip install --no-deps -r tests/models/timm.txt
 	touch $@
 

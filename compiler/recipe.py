@@ -33,11 +33,13 @@ class Recipe:
     refresh_every  optimizer steps between two searches of the masks; the kept values follow W at every step.
     dense_after    optimizer steps after which all layers are dense (the paper: the last sixth of the run); None: never.
     wgrad          "mvue": weight gradients from 2:4-pruned, unbiased output gradients (MVUE); "dense": from dense ones.
-    layers         "ffn"; "all" for attention projections too; or fnmatch patterns of parameter names.
+    layers         "ffn"; "all" for attention projections too; or fnmatch patterns of parameter names. Without
+                   gradients, weights that are 2:4 already are taken whatever this says.
     skip           fnmatch patterns of parameter names that stay dense.
     when           "faster": each layer is measured on this GPU, its sparse GEMMs and what packing costs against its
                    dense GEMMs, and stays dense where that is faster; "always": sparse everywhere, if need be by masked
-                   dense matmuls. On a CPU both mean everywhere.
+                   dense matmuls. On a CPU both mean everywhere. Judged by the forward alone where no gradient is
+                   computed.
     seed           of the random draws of "mvue".
     inner          what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
     inductor       Inductor's own options, as torch.compile's options take them.
