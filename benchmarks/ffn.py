@@ -1,9 +1,9 @@
 """Forward and backward of one feed-forward layer over its width, dense and sparse, both compiled: the paper's table.
 
 bf16, 16384 tokens, hidden width 4 d (gelu) or 8/3 d (gated). The optimizer step with its repacking is not in here
-(step.py). "bound": the six matmuls at twice the data sheet's rate for dense bf16 (989 TFLOP/s), one after the other with
-the bytes of the activation and the pruned gradients at 4.8 TB/s. The kernels of one sparse step are saved too, in the
-order they ran: no copy or transpose stands between matmul, activation and matmul.
+(step.py). "bound": the six matmuls at twice the data sheet's rate for dense bf16 (989 TFLOP/s), one after the other
+with the bytes of the activation and the pruned gradients at 4.8 TB/s. The kernels of one sparse step are saved too, in
+the order they ran: no copy or transpose stands between matmul, activation and matmul.
 """
 
 import gc

@@ -169,7 +169,7 @@ def _interleave(x0, x1, x2, x3):
 
 @triton.jit
 def _store_lines(packed, values, m0, v0, cols, T: tl.constexpr, ACROSS: tl.constexpr):
-    """Store interleaved `_line` values of a tile as rows m0.. and value columns v0.. of a packed form of `cols` columns.
+    """Store interleaved `_line` values of a tile as rows m0.., value columns v0.. of a packed form of `cols` columns.
 
     ACROSS: the lines are columns of the tile.
     """
@@ -428,7 +428,7 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
     for (master, dtype, unit), rows in launches.items():
         kinds = {"MASTER": _TRITON[master], "DTYPE": _TRITON[dtype], "UNIT": unit}
         if search:
-            kinds["maxnreg"] = 168  # three programs then fit on a multiprocessor, and nothing is spilled
+            kinds["maxnreg"] = 168  # three programs then fit on a multiprocessor, and hardly anything is spilled
         _launch_all(pack_weights_kernel, rows, device, stats, SEARCH=search, **kinds, num_warps=4)
     return stats
 
