@@ -24,11 +24,14 @@ LAYERS = {"ffn": "feed-forward", "all": "and attention"}
 
 
 def load(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of every step_*.json, in the order of NAMES, and where they were taken."""
+    """The rows of every step_*.json, in the order of NAMES, and where they were taken.
+
+    Of the same model and layers the row of the last file by name counts, so a part of a run can be taken again.
+    """
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("step*.json"))]
     if not files:
         raise SystemExit(f"found no step*.json in {folder}: run benchmarks/step.py first")
-    rows = [row for file in files for row in file["rows"]]
+    rows = {(row["model"], row["layers"]): row for file in files for row in file["rows"]}.values()
     return sorted(rows, key=lambda row: (list(NAMES).index(row["model"]), row["layers"] == "all")), files[0][
         "environment"
     ]
