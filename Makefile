@@ -5,12 +5,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+RESULTS ?= benchmarks/results/h200
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPES := build/types/sparse24
 
-.PHONY: train test test-gpu lint docs clean
+.PHONY: train test test-gpu sanitize bench lint docs clean
 .DELETE_ON_ERROR:
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -28,6 +29,18 @@ test: $(STAMP)
 test-gpu:
 	mkdir -p benchmarks/results
 	OMP_NUM_THREADS=1 python -m pytest -v -n $${WORKERS:-8} --dist loadgroup --durations=10 --tb=short -W ignore tests/gpu $(ARGS) 2>&1 | tee benchmarks/results/gpu_tests.log
+
+# NVIDIA's compute-sanitizer over the Triton kernels and cuSPARSELt: out-of-bounds and misaligned accesses. Minutes.
+sanitize:
+	mkdir -p benchmarks/results
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python -m pytest -q -p no:xdist -W ignore tests/gpu/test_kernels.py -k "bytes_of_the_twin or to_rounding or every_provider or decay" $(ARGS) 2>&1 | tee benchmarks/results/sanitizer.log
+
+# Every number of README and docs anew, on the GPU at hand: an hour.
+bench:
+	python benchmarks/step.py --layers ffn all --profile --models llama3-8b-width llama-1b-width --out $(RESULTS)/step_llama.json
+	python benchmarks/step.py --layers ffn --models gpt2-xl-width gpt2-large-width gpt2-medium-width gpt2-small vit-l bert-base --out $(RESULTS)/step_others.json
+	for script in gemm pack ffn memory compile_time inference models; do python benchmarks/$$script.py --out $(RESULTS)/$$script.json; done
+	python benchmarks/tables.py
 
 # mypy reads a copy of the packages laid out as they are installed; its messages name the true files.
 lint: $(STAMP)

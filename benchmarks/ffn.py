@@ -1,7 +1,9 @@
 """Forward and backward of one feed-forward layer over its width, dense and sparse, both compiled: the paper's table.
 
 bf16, 16384 tokens, hidden width 4 d (gelu) or 8/3 d (gated). The optimizer step with its repacking is not in here
-(step.py). The matmuls alone would gain 2 at twice the rate.
+(step.py). "bound": the six matmuls at twice the data sheet's rate for dense bf16 (989 TFLOP/s), one after the other
+with the bytes of the activation and the pruned gradients at 4.8 TB/s. The kernels of one sparse step are saved too, in
+the order they ran: no copy or transpose stands between matmul, activation and matmul.
 """
 
 import gc
@@ -36,6 +38,27 @@ def step_of(model: nn.Module, x: Tensor, dy: Tensor, **how: Any) -> Callable[[],
     return step
 
 
+def bound_ms(tokens: int, d: int, ff: int, gated: bool) -> float:
+    """Each byte once: the activation and its backward (z, h, dh, dz), and the gradients packed from dy and dz."""
+    up = 2 * ff if gated else ff
+    flops = 6 * tokens * d * (up + ff)
+    moved = 2 * tokens * ((up + ff) + (2 * up + ff + up * 9 / 16) + d * 25 / 16)
+    return flops / (2 * 989e12) * 1e3 + moved / 4.8e12 * 1e3
+
+
+def kernels(step: Callable[[], None]) -> list[str]:
+    """What one step runs on the GPU, in order; nothing on a CPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if not torch.cuda.is_available():
+        return []
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    events = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [e.name[:80] for e in sorted(events, key=lambda e: e.time_range.start)]
+
+
 def main() -> None:
     p = parser(__doc__, "ffn.json")
     p.add_argument("--widths", type=int, nargs="+", default=[768, 1024, 1280, 1600, 2048, 3072, 4096, 6144, 8192])
@@ -47,7 +70,7 @@ def main() -> None:
     inner = {"inner": "eager"} if args.tiny else {}
     rows: list[dict[str, Any]] = []
     print(environment())
-    print(f"{'d':>6s} {'kind':6s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s}")
+    print(f"{'d':>6s} {'kind':6s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'bound ms':>9s}")
     for d in [192] if args.tiny else args.widths:
         for kind in ("gelu", "gated"):
             torch._dynamo.reset()
@@ -62,8 +85,10 @@ def main() -> None:
             ms = {name: percentiles(values) for name, values in times.items()}
             row = {"d": d, "kind": kind, "tokens": x.shape[0], "ms": ms}
             row["ratio"] = ms["dense"]["p50"] / ms["sparse"]["p50"]
+            row["bound_ms"] = bound_ms(x.shape[0], d, model.up.out_features, kind == "gated")
+            row["kernels"] = kernels(runs["sparse"])
             rows.append(row)
-            numbers = f"{ms['dense']['p50']:9.3f} {ms['sparse']['p50']:9.3f} {row['ratio']:6.3f}"
+            numbers = f"{ms['dense']['p50']:9.3f} {ms['sparse']['p50']:9.3f} {row['ratio']:6.3f} {row['bound_ms']:9.3f}"
             print(f"{d:6d} {kind:6s} {numbers}", flush=True)
             save(args.out, {"when": args.when, "rows": rows})
             del runs, model

@@ -4,7 +4,8 @@ forward  [T, K] by W^T       wgrad  dY^T by X        dgrad is a forward with K a
 sparse24: the chosen provider. cslt: `torch._cslt_sparse_mm`. semi_structured: `torch.sparse.to_sparse_semi_structured`,
 forward only. What packing costs is not in here (pack.py). Sustained: in turns after two warm seconds; cold: the median
 of single calls with 20 ms of rest before each. "of peak" holds the rate against the data sheet's for dense bf16,
-989 TFLOP/s; a sparse matmul counts the operations of the dense one, so its bound is 2.
+989 TFLOP/s; a sparse matmul counts the operations of the dense one, so its bound is 2. host: microseconds until a call
+returns, of calls that the GPU does not keep waiting.
 """
 
 import time
@@ -27,6 +28,18 @@ def cold(run: Callable[[], Any], n: int = 7) -> float:
     for _ in range(n):
         time.sleep(0.02)
         times.append(timed(run, 1))
+    return sorted(times)[n // 2]
+
+
+def host_us(run: Callable[[], Any], n: int = 100) -> float:
+    """Median of single calls: between them the GPU drains, so that none waits for its queue."""
+    times = []
+    for _ in range(n):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - began) * 1e6)
     return sorted(times)[n // 2]
 
 
@@ -64,7 +77,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, Any]] = []
     print(environment())
-    print(f"{'K':>6s} {'F':>6s} {'matmul':8s} {'with':16s} {'ms':>8s} {'ratio':>6s} {'of peak':>8s} {'cold ms':>8s}")
+    numbers = f"{'ms':>8s} {'ratio':>6s} {'of peak':>8s} {'cold ms':>8s} {'host':>5s}"
+    print(f"{'K':>6s} {'F':>6s} {'matmul':8s} {'with':16s} {numbers}")
     for k, f in [(128, 256)] if args.tiny else SHAPES:
         tokens = 128 if args.tiny else args.tokens
         for name, make in (("forward", forward), ("wgrad", wgrad), ("dgrad", forward)):
@@ -76,11 +90,13 @@ def main() -> None:
                 ms = percentiles(times[provider])
                 share = 2 * tokens * k * f / ms["p50"] * 1e3 / PEAK
                 row = {"k": k, "f": f, "tokens": tokens, "matmul": name, "with": provider, "ms": ms}
-                row |= {"ratio": dense / ms["p50"], "of_peak": share, "cold_ms": cold(run)}
+                row |= {"ratio": dense / ms["p50"], "of_peak": share, "cold_ms": cold(run), "host_us": host_us(run)}
                 if provider == "sparse24":
                     row |= {"provider": chosen.provider, "algorithm": chosen.algorithm}
                 rows.append(row)
-                numbers = f"{ms['p50']:8.4f} {row['ratio']:6.2f} {share:8.2f} {row['cold_ms']:8.4f}"
+                numbers = (
+                    f"{ms['p50']:8.4f} {row['ratio']:6.2f} {share:8.2f} {row['cold_ms']:8.4f} {row['host_us']:5.0f}"
+                )
                 print(f"{k:6d} {f:6d} {name:8s} {provider:16s} {numbers}", flush=True)
             save(args.out, {"rows": rows})
 

@@ -44,11 +44,14 @@ Row = dict[str, Any]
 
 
 def rows_of(folder: Path) -> tuple[list[Row], Row]:
-    """The rows of every step_*.json, in the order of NAMES, and where they were taken."""
+    """The rows of every step_*.json, in the order of NAMES, and where they were taken.
+
+    Of the same model and layers the row of the last file by name counts, so a part of a run can be taken again.
+    """
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("step*.json"))]
     if not files:
         raise SystemExit(f"found no step*.json in {folder}: run benchmarks/step.py first")
-    rows = [row for file in files for row in file["rows"]]
+    rows = {(row["model"], row["layers"]): row for file in files for row in file["rows"]}.values()
     return sorted(rows, key=lambda row: (list(NAMES).index(row["model"]), row["layers"] == "all")), files[0][
         "environment"
     ]
@@ -93,7 +96,8 @@ def first_steps(folder: Path) -> str:
     cells = []
     for row in rows:
         held, peak, first = row["resident_gib"], row["peak_gib_above_resident"], row["first_step_s"]
-        sizes = [held["masters"] / 2**30, (held["packed"] + held["packed_t"]) / 2**30, peak["dense"], peak["sparse"]]
+        held = {kind: n / 2**30 if isinstance(n, int) else n for kind, n in held.items()}  # older files hold bytes
+        sizes = [held["masters"], held["packed"] + held["packed_t"], peak["dense"], peak["sparse"]]
         times = [f"{first['dense']:.1f} s", f"{first['sparse']:.1f} s"]
         cells.append([*labels(row), *(f"{size:.2f} GiB" for size in sizes), *times])
     return markdown(header, cells) + where(environment)
@@ -162,7 +166,8 @@ def matmuls(folder: Path) -> str:
         by = row["with"] + (f" ({row['provider']} {row['algorithm']})" if row.get("provider") else "")
         cells.append([f"{row['k']} x {row['f']}", str(row["tokens"]), row["matmul"], by, f"{row['ms']['p50']:.4f}"])
         cells[-1] += [f"{row['ratio']:.2f}", f"{row['of_peak']:.2f}", f"{row['cold_ms']:.4f}"]
-    header = "in x out | tokens | matmul | with | ms | over dense | of the dense peak | cold, ms"
+        cells[-1].append(f"{row['host_us']:.0f}")
+    header = "in x out | tokens | matmul | with | ms | over dense | of the dense peak | cold, ms | host, us"
     return markdown(header, cells) + made_by(saved["environment"])
 
 

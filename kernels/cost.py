@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from . import choice, layout
-from .gain import gain
+from .gain import MARGIN, gain
 from .providers import CusparseLt, MaskedDense, Problem
 from .reference import padded
 
@@ -69,7 +69,7 @@ class Cost:
 
     @property
     def faster(self) -> bool:
-        return self.sparse.total < self.dense.total
+        return self.sparse.total < MARGIN * self.dense.total
 
 
 def gpu_named(name: str) -> Gpu:

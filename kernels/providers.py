@@ -5,9 +5,9 @@ Every provider computes the same product, packed [rows, inner] times a dense ope
 picks.
 """
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,7 @@ from . import cusparselt, layout, reference
 from .format_check import readable
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One matmul with a packed operand.
 
     direction "spmm":  packed [rows, inner], x [outer, inner] -> [outer, rows]       (forward and dgrad; outer = tokens)
@@ -75,6 +74,17 @@ class CusparseLt:
             problem.device.type == "cuda" and problem.outer > 0 and problem.inner > 0
         )
 
+    def __init__(self) -> None:
+        self._plans = threading.local()  # as the library's plans are: one for each thread
+
+    def _plan(self, problem: Problem, algorithm: int | None) -> cusparselt.Plan:
+        try:
+            plan: cusparselt.Plan = self._plans.known[problem, algorithm]
+        except (AttributeError, KeyError):
+            plan = cusparselt.plan(self._shape(problem), algorithm, problem.device)
+            self._plans.__dict__.setdefault("known", {})[problem, algorithm] = plan
+        return plan
+
     def _shape(self, problem: Problem) -> cusparselt.Shape:
         spmm = problem.direction == "spmm"
         outer = _aligned(problem.outer)
@@ -85,17 +95,17 @@ class CusparseLt:
         return range(min(known, cusparselt.SAFE_ALGORITHMS))
 
     def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
-        shape = self._shape(problem)
         packed = readable(packed, problem.rows, problem.inner)
+        outer = _aligned(problem.outer)
         if problem.direction == "spmm":
-            x = _padded(x, shape.n, x.shape[1])
-            y = x.new_empty(shape.n, problem.rows)
+            x = _padded(x, outer, x.shape[1])
+            y = x.new_empty(outer, problem.rows)
         else:
-            x = _padded(x, problem.inner, shape.n)
-            y = x.new_empty(problem.rows, shape.n)
+            x = _padded(x, problem.inner, outer)
+            y = x.new_empty(problem.rows, outer)
         with layout.on(problem.device):
-            cusparselt.plan(shape, algorithm, problem.device)(packed, x, y)
-        if shape.n == problem.outer:
+            self._plan(problem, algorithm)(packed, x, y)
+        if outer == problem.outer:
             return y
         return y[: problem.outer] if problem.direction == "spmm" else y[:, : problem.outer].contiguous()
 

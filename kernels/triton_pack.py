@@ -34,12 +34,11 @@ _SATURATE = tl.constexpr(2.0**123)  # reference.SATURATE
 
 @triton.jit
 def _load_lanes(at):
-    """The four lanes of each group, fp32 [R, C] each, from pointers [R, 4 * C].
+    """The four lanes of each group, [R, C] each, from pointers [R, 4 * C].
 
-    The pointers are two-dimensional, or Triton would give neighbouring threads different rows. Halves of registers cost
-    more to choose between than fp32 costs to convert to and from.
+    The pointers are two-dimensional, or Triton would give neighbouring threads different rows.
     """
-    even, odd = tl.split(tl.reshape(tl.load(at).to(tl.float32), [at.shape[0], at.shape[1] // 4, 2, 2]))
+    even, odd = tl.split(tl.reshape(tl.load(at), [at.shape[0], at.shape[1] // 4, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
@@ -47,7 +46,7 @@ def _load_lanes(at):
 
 @triton.jit
 def _magnitude(x):
-    return tl.minimum(tl.abs(x), _SATURATE, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(tl.abs(x.to(tl.float32)), _SATURATE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -106,18 +105,60 @@ def _best_mask(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3):
 
 
 @triton.jit
-def _keep_of(x0, x1, x2, x3, mask, FIRST: tl.constexpr, STEP: tl.constexpr):
-    k0, k1 = (mask & (1 << FIRST)) != 0, (mask & (1 << (FIRST + STEP))) != 0
-    k2, k3 = (mask & (1 << (FIRST + 2 * STEP))) != 0, (mask & (1 << (FIRST + 3 * STEP))) != 0
-    first, last = tl.where(k0, x0, tl.where(k1, x1, x2)), tl.where(k3, x3, tl.where(k2, x2, x1))
-    return first, last, tl.where(k0, 0, tl.where(k1, 1, 2)) | tl.where(k3, 12, tl.where(k2, 8, 4))
+def _transposed(mask):
+    """Bit 4 * r + c goes to bit 4 * c + r."""
+    swapped = (mask ^ (mask >> 3)) & 0x0A0A
+    mask ^= swapped ^ (swapped << 3)
+    swapped = (mask ^ (mask >> 6)) & 0x00CC
+    return mask ^ swapped ^ (swapped << 6)
 
 
 @triton.jit
-def _keep(x0, x1, x2, x3, mask, FIRST: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr):
-    """Kept values [R, C, 2] and nibble of a line of a 4x4 tile, whose bits in `mask` are FIRST, FIRST + STEP, ..."""
-    first, last, nibble = _keep_of(x0, x1, x2, x3, mask, FIRST, STEP)
-    return tl.join(first.to(dtype), last.to(dtype)), nibble
+def _bytes(low, high, selector):
+    """PTX's prmt: byte i of the result is the one of (low, high), 0 to 7, that nibble i of `selector` names. uint32."""
+    if INTERPRETED:
+        result = low & 0
+        for i in tl.static_range(4):
+            at = (selector >> (4 * i)) & 7
+            word = tl.where(at < 4, low, high)
+            result |= ((word >> (8 * (at & 3))) & 0xFF) << (8 * i)
+    else:
+        result = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
+def _beside(mask, x):
+    """mask, in the layout of x: where they meet first it is moved, and no later what is made of it eight times over."""
+    if not INTERPRETED:
+        mask = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [mask, x], dtype=tl.int32, is_pure=True, pack=1)
+    return mask
+
+
+@triton.jit
+def _word(x0, x1):
+    """Two 16-bit values in a uint32, the first below."""
+    return x0.to(tl.uint16, bitcast=True).to(tl.uint32) | (x1.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+
+
+@triton.jit
+def _line(x0, x1, x2, x3, bits, dtype: tl.constexpr):
+    """What a line of four keeps by the lowest bits of `bits`: its values, in one uint32 or as [..., 2] of fp32, and its
+    nibble.
+    """
+    bits = bits.to(tl.uint32) & 7  # which tell the six pairs apart
+    zero = bits & 0
+    nibble = _bytes(zero | 0x040D0C00, zero | 0x0009080E, bits)  # a table: byte `bits` is the nibble
+    if dtype.primitive_bitwidth == 16:  # both values by one instruction, where selecting them would take ten
+        low, high = _word(x0.to(dtype), x1.to(dtype)), _word(x2.to(dtype), x3.to(dtype))
+        values = _bytes(low, high, 0x1010 + (nibble & 3) * 0x22 + (nibble & 12) * 0x880)
+    else:
+        i, j = nibble & 3, nibble >> 2
+        first = tl.where(i == 0, x0, tl.where(i == 1, x1, x2))
+        values = tl.join(first.to(dtype), tl.where(j == 3, x3, tl.where(j == 2, x2, x1)).to(dtype))
+    return values, nibble
 
 
 @triton.jit
@@ -127,7 +168,23 @@ def _interleave(x0, x1, x2, x3):
 
 
 @triton.jit
+def _store_lines(packed, values, m0, v0, cols, T: tl.constexpr, ACROSS: tl.constexpr):
+    """Store interleaved `_line` values of a tile as rows m0.., value columns v0.. of a packed form of `cols` columns.
+
+    ACROSS: the lines are columns of the tile.
+    """
+    if values.dtype == tl.uint32:  # two values each
+        values = tl.permute(values, (1, 2, 3, 0) if ACROSS else (0, 2, 3, 1))
+        words = packed.to(tl.pointer_type(tl.uint32))
+        store_values(words, tl.reshape(values, [T, T // 4]), m0, v0 // 2, cols // 2, T, T // 4)
+    else:
+        values = tl.permute(values, (1, 3, 4, 0, 2) if ACROSS else (0, 3, 4, 1, 2))
+        store_values(packed, tl.reshape(values, [T, T // 2]), m0, v0, cols, T, T // 2)
+
+
+@triton.jit
 def _nan(x):
+    x = x.to(tl.float32)  # the interpreter compares bf16 as integers
     return (x != x).to(tl.int32)
 
 
@@ -137,8 +194,8 @@ def _nans(x):
 
 
 @triton.jit
-def _sum_abs(x):
-    return (tl.abs(x[0]) + tl.abs(x[1])) + (tl.abs(x[2]) + tl.abs(x[3]))
+def _sum(x):
+    return (x[0].to(tl.float32) + x[1].to(tl.float32)) + (x[2].to(tl.float32) + x[3].to(tl.float32))
 
 
 @triton.jit
@@ -223,29 +280,29 @@ def pack_weights_kernel(
             flips += tl.sum((bits & 0xFF) + (bits >> 8))
             tl.debug_barrier()  # every thread has read the old metadata before any thread writes the new
 
-        # A sum of magnitudes is NaN exactly where an entry is (infinities do not cancel): the count is rarely needed.
-        probe = (_sum_abs(x0) + _sum_abs(x1)) + (_sum_abs(x2) + _sum_abs(x3))
+        # A sum is NaN where an entry is, or where infinities meet: the count is rarely needed.
+        probe = (_sum(x0) + _sum(x1)) + (_sum(x2) + _sum(x3))
         if tl.sum((probe != probe).to(tl.int32)) > 0:
             nans += tl.sum((_nans(x0) + _nans(x1)) + (_nans(x2) + _nans(x3)))
 
-        v0, n0 = _keep(x0[0], x0[1], x0[2], x0[3], mask, 0, 1, DTYPE)
-        v1, n1 = _keep(x1[0], x1[1], x1[2], x1[3], mask, 4, 1, DTYPE)
-        v2, n2 = _keep(x2[0], x2[1], x2[2], x2[3], mask, 8, 1, DTYPE)
-        v3, n3 = _keep(x3[0], x3[1], x3[2], x3[3], mask, 12, 1, DTYPE)
-        values = tl.permute(_interleave(v0, v1, v2, v3), (0, 3, 4, 1, 2))
-        store_values(packed, tl.reshape(values, [T, T // 2]), row + r0, (col + c0) // 2, cols, T, T // 2)
+        mask = _beside(mask, x0[0].to(tl.float32))
+        v0, n0 = _line(x0[0], x0[1], x0[2], x0[3], mask, DTYPE)
+        v1, n1 = _line(x1[0], x1[1], x1[2], x1[3], mask >> 4, DTYPE)
+        v2, n2 = _line(x2[0], x2[1], x2[2], x2[3], mask >> 8, DTYPE)
+        v3, n3 = _line(x3[0], x3[1], x3[2], x3[3], mask >> 12, DTYPE)
+        _store_lines(packed, _interleave(v0, v1, v2, v3), row + r0, (col + c0) // 2, cols, T, False)
         if SEARCH:
-            nibbles = tl.permute(_interleave(n0, n1, n2, n3), (0, 2, 3, 1))
+            nibbles = tl.permute(_interleave(n0, n1, n2, n3), (0, 2, 3, 1)).to(tl.int32)
             store_nibbles(metadata, tl.reshape(nibbles, [T, G]), row + r0, (col + c0) // 4, rows, cols, ORDER, T, G)
 
-        v0, n0 = _keep(x0[0], x1[0], x2[0], x3[0], mask, 0, 4, DTYPE)
-        v1, n1 = _keep(x0[1], x1[1], x2[1], x3[1], mask, 1, 4, DTYPE)
-        v2, n2 = _keep(x0[2], x1[2], x2[2], x3[2], mask, 2, 4, DTYPE)
-        v3, n3 = _keep(x0[3], x1[3], x2[3], x3[3], mask, 3, 4, DTYPE)
-        values = tl.permute(_interleave(v0, v1, v2, v3), (1, 3, 4, 0, 2))
-        store_values(packed_t, tl.reshape(values, [T, T // 2]), col + c0, (row + r0) // 2, rows, T, T // 2)
+        mask = _transposed(mask)
+        v0, n0 = _line(x0[0], x1[0], x2[0], x3[0], mask, DTYPE)
+        v1, n1 = _line(x0[1], x1[1], x2[1], x3[1], mask >> 4, DTYPE)
+        v2, n2 = _line(x0[2], x1[2], x2[2], x3[2], mask >> 8, DTYPE)
+        v3, n3 = _line(x0[3], x1[3], x2[3], x3[3], mask >> 12, DTYPE)
+        _store_lines(packed_t, _interleave(v0, v1, v2, v3), col + c0, (row + r0) // 2, rows, T, True)
         if SEARCH:
-            nibbles = tl.permute(_interleave(n0, n1, n2, n3), (1, 2, 3, 0))
+            nibbles = tl.permute(_interleave(n0, n1, n2, n3), (1, 2, 3, 0)).to(tl.int32)
             store_nibbles(metadata_t, tl.reshape(nibbles, [T, G]), col + c0, (row + r0) // 4, cols, rows, ORDER, T, G)
     if flips > 0:
         tl.atomic_add(stats, flips.to(tl.int64), sem="relaxed")
@@ -370,6 +427,8 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
         launches.setdefault(key, []).append((*_row_of(block), block.packed_t.data_ptr(), i))
     for (master, dtype, unit), rows in launches.items():
         kinds = {"MASTER": _TRITON[master], "DTYPE": _TRITON[dtype], "UNIT": unit}
+        if search:
+            kinds["maxnreg"] = 168  # three programs then fit on a multiprocessor, and hardly anything is spilled
         _launch_all(pack_weights_kernel, rows, device, stats, SEARCH=search, **kinds, num_warps=4)
     return stats
 

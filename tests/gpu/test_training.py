@@ -209,3 +209,31 @@ def test_reduce_overhead_trains_sparse_in_cuda_graphs(monkeypatch) -> None:
     manager = torch._inductor.cudagraph_trees.get_container(0).tree_manager
     assert manager is not None and manager.roots  # recorded
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("block", ["gelu", "swiglu", "swiglu_bias"])
+def test_no_copy_stands_between_matmul_activation_and_matmul(block: str) -> None:
+    """What a compiled layer runs, forward and backward: matmuls, packing, the activation, and sums for biases."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model = BLOCKS[block]().cuda().bfloat16()
+    run = compiled(model, wgrad="mvue")
+    x, dy = torch.randn(2, 512, D, device="cuda").bfloat16().requires_grad_(), torch.randn(1, device="cuda").bfloat16()
+
+    def step() -> None:
+        y = run(x)
+        torch.autograd.grad(y, [x, *model.parameters()], dy.expand_as(y).contiguous())
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    names = [e.name for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("sparse_gemm" in name for name in names) == 6, names
+    assert sum("glu" in name for name in names) == 2 and sum("pack_gradient" in name for name in names) == 1, names
+    inside = [name for name in names if "Memcpy HtoD" not in name]  # the seeds of the draws
+    inside = [name.lower().replace("_to_copy", "") for name in inside]  # a cast, as Inductor's names spell it
+    moved = [n for n in inside if any(word in n for word in ("copy", "clone", "transpose"))]
+    assert len(moved) <= 1, names  # dy itself, made contiguous by this test

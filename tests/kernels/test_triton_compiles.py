@@ -21,7 +21,8 @@ POINTERS = {"sums": "fp32", "stats": "i64", "seeds": "i64", "table": "i64", "str
 TENSORS = ("packed", "dy", "dh", "z", "bias", "d", "h", *POINTERS)
 FP32, BF16 = "fp32", "bf16"
 ELEMENTWISE = ("glu_kernel", "glu_backward_kernel")
-LIMITS = {"glu_backward_pack_kernel": {"maxnreg": 128}}  # the bytes it spills are worth a fourth program at a time
+# as they are launched: what is spilled is worth a third or fourth program at a time
+LIMITS = {"glu_backward_pack_kernel": {"maxnreg": 128}, "pack_weights_kernel": {"maxnreg": 168}}
 UNALIGNED = ("tokens", "index", "decay")
 
 
@@ -107,7 +108,8 @@ def test_every_kernel_compiles_to_what_was_meant(compiled):
     """One test, so that one worker compiles."""
     assert len(compiled) == sum(1 for arch in ORDERS for _ in cases(arch))
     assert all(found["cubin"] > 0 for found in compiled)
-    assert not [found for found in compiled if found["spills"] > (256 if found["kernel"] in LIMITS else 0)]
+    allowed = {"glu_backward_pack_kernel": 256, "pack_weights_kernel": 32}  # bytes; none where registers are free
+    assert not [found for found in compiled if found["spills"] > allowed.get(found["kernel"], 0)]
     # u * c + c rounded once would choose other lanes than the twin; the activations have fma of their own
     assert not [found for found in compiled if found["fma"] and found["kind"] is None]
     silu = {found["kernel"]: found["fma"] for found in compiled if found["kind"] == "silu" and found["arch"] == 90}
