@@ -201,8 +201,10 @@ def _bench(args: argparse.Namespace) -> int:
     if device.type == "cuda" and not reasons:
         where = f"measured on {torch.cuda.get_device_name(device)}"
         kinds = {up: "swiglu" if args.gated else "gelu", "down": None}
-        shared = (args.tokens, dtype, master, device, args.wgrad)
-        costs = {n: cost.measured(*s, *shared, kinds[n]) for n, s in shapes.items()}
+        costs = {
+            n: cost.measured(rows, cols, args.tokens, dtype, master, device, args.wgrad, kinds[n])
+            for n, (rows, cols) in shapes.items()
+        }
     else:
         rates = cost.gpu_named(args.gpu)
         where = f"predicted for {args.gpu} ({'; '.join(map(str, reasons)) or 'there is no GPU here'})"
