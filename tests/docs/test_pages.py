@@ -17,6 +17,7 @@ from .blocks import Block, blocks
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [(page, block) for page in PAGES for block in blocks(page.read_text())]
+RUN = [page for page in PAGES if any(p == page and b.language != "text" and not b.skip for p, b in BLOCKS)]
 
 
 def name(page: Path) -> str:
@@ -24,7 +25,7 @@ def name(page: Path) -> str:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-@pytest.mark.parametrize("page", [p for p in PAGES if any(q == p and not b.skip for q, b in BLOCKS)], ids=name)
+@pytest.mark.parametrize("page", RUN, ids=name)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     shutil.copytree(Path(__file__).parent / "stand_ins", tmp_path, dirs_exist_ok=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
