@@ -7,6 +7,7 @@ from torch import nn
 
 from . import weights
 from .errors import StateError
+from .ranks import check_ranks
 from .weights import SparseWeight
 
 _FORMAT = 1
@@ -95,6 +96,14 @@ class Session:
             "packed_t": sum(o.inputs[1].nbytes for o in operands),
             "masks": sum(m.nbytes for m in kept),
         }
+
+    def check_ranks(self, group: Any = None) -> None:
+        """Raise RankError where data-parallel ranks hold other weights, masks or options; it names the first parameter.
+
+        A collective of `group` (by default all ranks), to be called between steps by all of them, every 100 steps for
+        instance; nothing where torch.distributed is not initialized.
+        """
+        check_ranks(self.weights, group)
 
     def to_dense(self) -> None:
         """From the next forward on all layers are dense, without decay: the last phase of training."""

@@ -3,7 +3,7 @@ backend="sparse24").
 """
 
 from .compiler.backend import sparse24 as backend
-from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateError
+from .compiler.errors import NotFiniteError, OptionError, RankError, SkippedError, StateError
 from .compiler.explain import explain
 from .compiler.export import prune, save_safetensors
 from .compiler.onnx import export_onnx
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NotFiniteError",
     "OptionError",
+    "RankError",
     "Recipe",
     "Report",
     "Session",
