@@ -11,9 +11,19 @@ from .errors import RankError
 from .weights import SparseWeight
 
 
+_CHUNK = 1 << 22  # entries hashed at a time: as int64 they take eight bytes each
+
+
 def _bits(x: Tensor) -> Tensor:
-    """int64 scalar: a hash of a tensor's bytes."""
-    return torch.hash_tensor(x.detach().contiguous().view(torch.uint8)).view(torch.int64)
+    """int64 scalar: a hash of a tensor's bits and of where they stand."""
+    flat = x.detach().contiguous().view(-1)
+    flat = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for start in range(0, flat.numel(), _CHUNK):
+        part = flat[start : start + _CHUNK].to(torch.int64)
+        place = torch.arange(start, start + len(part), device=x.device)
+        total += ((part + 1) * (place * 0x5851F42D4C957F2D + 0x14057B7EF767814F)).sum()  # modulo 2^64
+    return total
 
 
 def _about(weight: SparseWeight) -> dict[str, Any]:
