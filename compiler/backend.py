@@ -27,6 +27,7 @@ from ..passes.graph import copy_of
 from ..passes.rewrite import Group, groups_of, rewrite
 from ..passes.tidy import tidy
 from . import (
+    fsdp,
     inference,
     weights,
 )
@@ -328,6 +329,8 @@ def _unfit(param: Any) -> str | None:
         return "its weight is not an nn.Parameter"
     if is_traceable_wrapper_subclass(param):
         return f"its weight is a {type(param).__name__}"
+    if fsdp.gathered(param):
+        return "its weight is sharded by FSDP, which is not supported yet: use DDP"
     if param.device.type not in ("cpu", "cuda"):
         return f"its weight is on device {param.device}, need cpu or cuda"
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -10,7 +10,6 @@ from torch import Tensor
 from .errors import RankError
 from .weights import SparseWeight
 
-
 _CHUNK = 1 << 22  # entries hashed at a time: as int64 they take eight bytes each
 
 

@@ -69,6 +69,16 @@ def test_ranks_that_differ_are_noticed(tmp_path: Path, what: str, message: str) 
     assert re.search(message, done.stderr), done.stderr[-3000:]
 
 
+def test_weights_that_fsdp_shards_stay_dense_with_the_reason(tmp_path: Path) -> None:
+    """What is gathered for a forward does not show when it changes: a mask on it would be stale."""
+    done = launch(tmp_path, "fsdp", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "up_parameters_weight" in done.stderr or "up.weight" in done.stderr
+    assert "its weight is sharded by FSDP, which is not supported yet: use DDP" in done.stderr
+    losses = torch.load(tmp_path / "0.pt")["losses"]
+    assert losses[-1] < 0.8 * losses[0] and not torch.load(tmp_path / "0.pt")["masks"]
+
+
 def test_ranks_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seed of a draw is another one on each rank, and the mean over ranks is unbiased as that over steps is."""
     import torch.distributed as dist

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node N train.py FOLDER WHAT
 
 WHAT: "ddp" (DDP inside torch.compile), "ddp_outside" (the other way round), "weights" (rank 1 starts from others),
-"mask" (rank 1 loses its masks mid-run), "options" (rank 1 has another decay), "mvue".
+"mask" (rank 1 loses its masks mid-run), "options" (rank 1 has another decay), "mvue", "fsdp".
 """
 
 import sys
@@ -37,6 +37,13 @@ def train(folder: Path, what: str) -> None:
         options["decay"] = 0.2
     if ranks == 1:
         run = torch.compile(model, backend="sparse24", options=options)
+    elif what == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model:
+            block.compile(backend="sparse24", options=options)
+            fully_shard(block)
+        run = fully_shard(model)
     elif what == "ddp_outside":
         run = DDP(torch.compile(model, backend="sparse24", options=options))
     else:
@@ -63,8 +70,9 @@ def train(folder: Path, what: str) -> None:
             operand.put_mask(weight, operand.nibbles(weight).flip(0))
         if step in (5, STEPS - 1):
             session.check_ranks()
-    masks = {name: w.mask() for name, w in session.weights.items()}
-    torch.save({"losses": losses, "masks": masks, "model": model.state_dict()}, folder / f"{rank}.pt")
+    masks = {name: w.mask() for name, w in session.weights.items() if w.reason_skipped is None}
+    state = {name: getattr(value, "_local_tensor", value) for name, value in model.state_dict().items()}
+    torch.save({"losses": losses, "masks": masks, "model": state}, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":
