@@ -114,7 +114,7 @@ class SparseWeight:
 
     @property
     def counts_apart(self) -> bool:
-        """Whether its flips are counted on masks that no operand holds: S-STE's, and virtual ones in the dense phase."""
+        """Whether flips are counted on masks that no operand holds: S-STE's, and virtual ones in the dense phase."""
         return self.soft if self.sparse else self.recipe.virtual_flips and self.reason_skipped is None
 
     def count_flips(self) -> Tensor | None:

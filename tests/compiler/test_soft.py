@@ -1,4 +1,4 @@
-"""recipe="s-ste" through the backend: the model that multiplies beta * soft24(W) in float64, and what a session holds."""
+"""recipe="s-ste" through the backend: against the model that multiplies beta * soft24(W) in float64."""
 
 import copy
 
