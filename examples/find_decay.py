@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> float:
             make_model,
             make_optimizer,
             step_fn,
-            steps=search.trial_steps or args.warm_up,
+            steps=search.trial_steps or max(args.warm_up, 3 * args.refresh_every),
             options=recipe(args),
             low=search.low,
             high=search.high,
