@@ -28,8 +28,9 @@ HELD_OUT_SEED = 1 << 40  # of steps that no training run reaches
 _LARGEST_FILE = 200_000
 
 
-def generator(seed: int, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
+def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Draws on a GPU are others than on a CPU; the runs to compare are on one of them."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % (1 << 63))
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
@@ -102,8 +103,9 @@ class Text:
         source = self.held_out if step >= HELD_OUT_SEED else self.train
         if len(source) <= length:
             raise SystemExit(f"found {len(source)} tokens of text, need over {length}: raise --text-mb")
-        starts = torch.randint(len(source) - length, (batch,), generator=generator(seed, step)).to(source.device)
-        return source[starts[:, None] + torch.arange(length, device=source.device)].long()
+        device = source.device
+        starts = torch.randint(len(source) - length, (batch,), generator=generator(seed, step, device), device=device)
+        return source[starts[:, None] + torch.arange(length, device=device)].long()
 
 
 def tokenize(parts: Sequence[Sequence[str]], vocabulary: int) -> dict[str, Tensor]:
@@ -150,10 +152,10 @@ def masked(tokens: Tensor, seed: int, step: int, vocabulary: int) -> tuple[Tenso
     """BERT's task: (inputs, targets), targets IGNORE but for 15% of places, of which 80% are the mask (the last id),
     10% a random token, 10% as they were.
     """
-    g = generator(seed + 1, step)
-    draw, what = torch.rand(tokens.shape, generator=g), torch.rand(tokens.shape, generator=g)
-    noise = torch.randint(vocabulary - 1, tokens.shape, generator=g)
-    draw, what, noise = (t.to(tokens.device) for t in (draw, what, noise))
+    device = tokens.device
+    g = generator(seed + 1, step, device)
+    draw, what = torch.rand(2, *tokens.shape, generator=g, device=device)
+    noise = torch.randint(vocabulary - 1, tokens.shape, generator=g, device=device)
     chosen = draw < 0.15
     replaced = torch.where(what < 0.8, vocabulary - 1, torch.where(what < 0.9, noise, tokens))
     return torch.where(chosen, replaced, tokens), torch.where(chosen, tokens, IGNORE)
@@ -170,24 +172,21 @@ class Images:
         spectrum = torch.fft.rfft2(torch.randn(classes, 3, size, size, generator=generator(0, 0)))
         low = torch.fft.fftfreq(size)[:, None].square() + torch.fft.rfftfreq(size).square() < 0.25**2
         patterns = torch.fft.irfft2(spectrum * low, s=(size, size))
-        self.patterns = patterns / patterns.square().mean((1, 2, 3), keepdim=True).sqrt()
+        self.patterns = (patterns / patterns.square().mean((1, 2, 3), keepdim=True).sqrt()).to(device)
 
     def batch(self, seed: int, step: int, batch: int) -> tuple[Tensor, Tensor]:
         """Images fp32 [batch, 3, size, size] and labels int64 [batch]."""
-        g = generator(seed, step)
-        classes = torch.randint(self.classes, (batch,), generator=g)
-        dy, dx = torch.randint(self.size, (2, batch), generator=g)
-        at = torch.arange(self.size)
+        g, device = generator(seed, step, self.device), self.device
+        classes = torch.randint(self.classes, (batch,), generator=g, device=device)
+        dy, dx = torch.randint(self.size, (2, batch), generator=g, device=device)
+        at = torch.arange(self.size, device=device)
         rows, cols = (at + dy[:, None]) % self.size, (at + dx[:, None]) % self.size
-        images = self.patterns[classes[:, None, None, None], torch.arange(3)[:, None, None], *self._at(rows, cols)]
-        images = images + self.sigma * torch.randn(images.shape, generator=g)
-        anew = torch.rand(batch, generator=g) < self.flips
-        labels = torch.where(anew, torch.randint(self.classes, (batch,), generator=g), classes)
-        return images.to(self.device), labels.to(self.device)
-
-    @staticmethod
-    def _at(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-        return rows[:, None, :, None], cols[:, None, None, :]
+        channels = torch.arange(3, device=device)[:, None, None]
+        clean = self.patterns[classes[:, None, None, None], channels, rows[:, None, :, None], cols[:, None, None, :]]
+        images = clean + self.sigma * torch.randn(clean.shape, generator=g, device=device)
+        anew = torch.rand(batch, generator=g, device=device) < self.flips
+        drawn = torch.randint(self.classes, (batch,), generator=g, device=device)
+        return images, torch.where(anew, drawn, classes)
 
     def describe(self) -> dict[str, Any]:
         """With the optimum: the true class is known to `confusion` (a union bound), the label from it as far as drawn.
@@ -229,24 +228,25 @@ class Translation:
         self.dictionaries = torch.arange(vocabulary).repeat(DICTIONARIES, 1)
         for row in self.dictionaries:
             row[first:] = first + torch.randperm(words, generator=g)
-        self.frequency = 1.0 / (10.0 + torch.arange(words))  # Zipf's law, but for the most frequent ones
+        self.dictionaries = self.dictionaries.to(device)
+        self.frequency = 1.0 / (10.0 + torch.arange(words, device=device))  # Zipf's law, but for the most frequent
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Source, target inputs (shifted by one) and targets: int64 [batch, length] each."""
-        g = generator(seed, step)
-        words = torch.multinomial(self.frequency, batch * length, replacement=True, generator=g).view(batch, length)
-        separators = torch.randint(1, 1 + SEPARATORS, (batch, length), generator=g)
-        is_separator = torch.rand(batch, length, generator=g) < 0.2
+        g, device, shape = generator(seed, step, self.device), self.device, (batch, length)
+        words = torch.multinomial(self.frequency, batch * length, replacement=True, generator=g).view(shape)
+        separators = torch.randint(1, 1 + SEPARATORS, shape, generator=g, device=device)
+        is_separator = torch.rand(shape, generator=g, device=device) < 0.2
         is_separator[:, -1] = True
         source = torch.where(is_separator, separators, words + 1 + SEPARATORS)
         target = self.translate(source)
         begun = torch.cat((torch.zeros_like(target[:, :1]), target[:, :-1]), 1)
-        return source.to(self.device), begun.to(self.device), target.to(self.device)
+        return source, begun, target
 
     def translate(self, source: Tensor) -> Tensor:
         """int64 [batch, length], each row ending in a separator."""
         length = source.shape[1]
-        at = torch.arange(length).expand_as(source)
+        at = torch.arange(length, device=source.device).expand_as(source)
         is_separator = (source >= 1) & (source <= SEPARATORS)
         end = torch.where(is_separator, at, length).flip(1).cummin(1).values.flip(1)  # of the separator behind
         last = torch.where(is_separator, at, -1).cummax(1).values

@@ -19,9 +19,7 @@ HEAD = 64
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """width, depth (of each stack), context (tokens a sequence; of images: pixels a side), batch, vocabulary or classes,
-    steps, lr.
-    """
+    """depth: of each stack. context: tokens a sequence; of images: pixels a side. classes: or words."""
 
     width: int
     depth: int
@@ -190,6 +188,7 @@ class Family:
             self.data = Images(size.classes, size.context, device)
         else:
             self.data = Translation(size.classes, device)
+        self.facts: dict[str, Any] = self.data.describe()
 
     def model(self, half: bool = False) -> nn.Module:
         """half: feed-forward layers of half the width, which have as many weights as 2:4 ones keep."""
