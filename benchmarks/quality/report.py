@@ -70,7 +70,7 @@ def load(folder: Path) -> dict[tuple[str, str], Results]:
 def table(results: Results) -> str:
     """One row an arm; over dense: of the same seeds, where there are such."""
     runs = [run for arm in results.values() for run in arm]
-    with_hits = any(row[3] is not None for run in runs for row in run["held_out"])
+    with_hits = any(at[3] is not None for run in runs for at in run["held_out"])
     head = ["arm", "decay", "held-out loss", "over dense", *["accuracy"] * with_hits, "flips: first, peak, last"]
     lines = ["| " + " | ".join([*head, "seconds", "seeds"]) + " |", "|---" * (len(head) + 2) + "|"]
     for arm in results:
@@ -99,14 +99,9 @@ def row(arm: str, results: Results, with_hits: bool) -> list[str]:
     cells = [MEANING[arm], decay, f"{mean(losses):.4f}{spread}", over]
     if with_hits:
         cells.append(f"{mean(hits for _, _, _, hits in final.values()):.4f}")
-    rates = [rate for _, rate, _ in flips(arm, runs[0])]
+    rates = [rate for _, rate in runs[0]["flips"]]
     cells.append(f"{rates[0]:.3f}, {max(rates):.3f}, {rates[-1]:.3f}" if rates else "")
     return [*cells, f"{mean(run['seconds'] for run in runs):.0f}", str(len(runs))]
-
-
-def flips(arm: str, run: dict[str, Any]) -> list[Any]:
-    """Rows of the refreshes: of a dense run all of them, which are virtual; else those of the sparse phase."""
-    return [at for at in run["flips"] if at[2] == "sparse" or arm in ("dense", "half")]
 
 
 def facts(results: Results) -> str:
@@ -146,7 +141,7 @@ def draw(results: Results, path: Path, x: int, label: str) -> None:
 def draw_flips(results: Results, path: Path) -> None:
     def curves(axes: Any) -> None:
         for i, (arm, runs) in enumerate(results.items()):
-            rows = flips(arm, runs[0])
+            rows = runs[0]["flips"]
             style = "--" if arm in ("dense", "half") else "-"
             axes.plot([r[0] for r in rows], [r[1] for r in rows], style, label=arm, color=f"C{i}", linewidth=1.2)
         axes.set_xlabel("step")

@@ -67,7 +67,7 @@ class Record:
     seconds: float = 0.0  # of training, compilation included, evaluation not
     losses: list[list[float]] = field(default_factory=list)  # [step, mean training loss since the one before]
     held_out: list[list[float | None]] = field(default_factory=list)  # [step, seconds, loss, accuracy]
-    flips: list[list[Any]] = field(default_factory=list)  # [step, rate, phase] of each refresh; virtual where dense
+    flips: list[list[float]] = field(default_factory=list)  # [step, rate] of each refresh; virtual of dense arms
 
 
 class Run:
@@ -75,6 +75,7 @@ class Run:
 
     def __init__(self, family: Family, args: argparse.Namespace, half: bool, options: dict[str, Any]) -> None:
         self.family, self.args, self.record = family, args, Record()
+        self.virtual = bool(options.get("virtual_flips"))
         torch.manual_seed(args.seed)
         self.model = family.model(half)
         self.compiled: Any = torch.compile(self.model, backend="sparse24", options=options)
@@ -82,12 +83,12 @@ class Run:
         self.optimizer = optimizer_of(self.model, args.lr)
 
     def step(self) -> torch.Tensor:
-        record = self.record
-        before = self.session.step
+        record, before = self.record, self.session.step
         loss = train_step(self.family, self.args, self.compiled, self.optimizer, record.step)
         record.step += 1
-        if self.session.step != before and self.session.step % self.args.refresh_every == 0:
-            record.flips.append([record.step, self.session.flip_rate(), self.session.phase])
+        refreshed = self.session.step != before and self.session.step % self.args.refresh_every == 0
+        if refreshed and (self.virtual or self.session.phase == "sparse"):
+            record.flips.append([record.step, self.session.flip_rate()])
         return loss
 
     def evaluate(self) -> None:
