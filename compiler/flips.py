@@ -26,9 +26,10 @@ class FlipWatch:
     """The explosion rule on one run's flip rates, m being the mean rate of the last `WINDOW` refreshes:
 
     growing      m is over 1.5 times the mean of the `WINDOW` refreshes before, and the learning rate did not rise since
-    stays high   the learning rate is below half the highest seen, and m is over 0.8 times the highest m seen
+    stays high   the learning rate is below half the highest seen, and m is over 0.7 times the highest m seen
 
-    Nothing is said where m < `NEGLIGIBLE`, and each of the two once a run.
+    A healthy rate falls about as the learning rate does. Nothing is said where m < `NEGLIGIBLE`, and each of the two
+    once a run; a resumed run is watched anew.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class FlipWatch:
                 f"it grew from {before:.4f} to {mean:.4f} (means of {WINDOW} refreshes) while the learning rate did "
                 "not rise",
             )
-        if lr < 0.5 * self._highest_lr and mean > 0.8 * self._highest:
+        if lr < 0.5 * self._highest_lr and mean > 0.7 * self._highest:
             return self._once(
                 "high",
                 f"it is {mean:.4f} (mean of {WINDOW} refreshes), near its highest of {self._highest:.4f}, though the "
