@@ -37,7 +37,7 @@ def soft24(w: Tensor) -> tuple[Tensor, Tensor]:
     before = (theirs > ours) | ((theirs == ours) & (lane < lane[:, None]))
     kept = (before.sum(-1, dtype=torch.uint8) < 2).to(
         torch.uint8
-    )  # two lanes; more where some are NaN, which `pack_` counts
+    )  # two; more where some are NaN, which `pack_` counts
     return soft.view(w.shape), torch.stack((kept.argmax(-1), 3 - kept.flip(-1).argmax(-1)), -1)
 
 
