@@ -1,8 +1,8 @@
 """Flips of masks: counted where no refresh counts them, and watched for an explosion.
 
 The flip rate of a healthy run rises early, then falls toward zero as the learning rate falls. That it stays high or
-grows is the early sign of lost accuracy (arXiv 2404.01847, section 4). The paper judges by eye, and against a dense
-run; `find_decay` does the latter. The rule here needs no second run, and its constants are ours.
+grows is the early sign of lost accuracy (arXiv 2404.01847). `find_decay` judges it against a dense run; the rule here
+needs no second run, and its constants are ours.
 """
 
 import logging

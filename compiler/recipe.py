@@ -58,11 +58,9 @@ class Recipe:
     Raises OptionError (a ValueError) on values out of range.
     """
 
-    recipe: str = "fst"
     decay: float = DECAY
     decay_on: str = "gradient"
     refresh_every: int = 40
-    virtual_flips: bool = False
     dense_after: int | None = None
     wgrad: str = "mvue"
     layers: str | tuple[str, ...] = "ffn"
@@ -72,6 +70,8 @@ class Recipe:
     inner: str = "inductor"
     inductor: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
+    recipe: str = "fst"
+    virtual_flips: bool = False
 
     def __post_init__(self) -> None:
         real = isinstance(self.decay, numbers.Real) and not isinstance(self.decay, bool)

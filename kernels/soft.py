@@ -35,9 +35,7 @@ def soft24(w: Tensor) -> tuple[Tensor, Tensor]:
     lane = torch.arange(4, device=w.device)
     theirs, ours = a[..., None, :], a[..., :, None]
     before = (theirs > ours) | ((theirs == ours) & (lane < lane[:, None]))
-    kept = (before.sum(-1, dtype=torch.uint8) < 2).to(
-        torch.uint8
-    )  # two; more where some are NaN, which `pack_` counts
+    kept = (before.sum(-1, dtype=torch.uint8) < 2).to(torch.uint8)  # two; more where some are NaN, which `pack_` counts
     return soft.view(w.shape), torch.stack((kept.argmax(-1), 3 - kept.flip(-1).argmax(-1)), -1)
 
 
