@@ -1,8 +1,8 @@
 """find_decay: the search for lambda of the masked decay in the warm-up, as arXiv 2404.01847 proposes it.
 
 A short dense run gives the virtual flip rate r0; short sparse runs from the same start give r(lambda). Feasible is a
-lambda with mu = r(lambda) / r0 in a range, here 0.60 to 0.95 unless told otherwise. mu falls as lambda grows, so the search bisects
-on log(lambda).
+lambda with mu = r(lambda) / r0 in a range, here 0.60 to 0.95 unless told otherwise. mu falls as lambda grows, so the
+search bisects on log(lambda).
 """
 
 import json
