@@ -181,6 +181,11 @@ class SparseWeight:
                         weight._last_mask = _pair(operand.nibbles(weight))
         self.operands = {}
 
+    def forget(self) -> None:
+        """Drop packed forms, masks and counts: another kind of recipe makes its own."""
+        self._keep_mask()
+        self._last_mask, self._counted, self.scale, self.flips = None, None, None, None
+
     def to_dense(self) -> None:
         self._keep_mask()
         self.phase, self.flips, self._counted = "dense", None, None
@@ -378,6 +383,8 @@ def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
     elif weight.recipe != recipe:
         if weight.recipe.method() != recipe.method():
             log.warning("sparse24: %s was compiled with another recipe before; the new one is in force from here", name)
+        if weight.recipe.recipe != recipe.recipe:
+            weight.forget()
         weight.recipe = recipe
     if state is not None:
         weight.load(state)

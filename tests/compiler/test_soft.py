@@ -9,7 +9,7 @@ import torch.nn as nn
 import sparse24
 from sparse24.kernels import layout, soft
 
-from .models import GPT2MLP, MLP, Stack, SwiGLU, compiled, loss_and_grads, relative, sparse_names, train
+from .models import GPT2MLP, MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names, train
 
 
 def soft_twin(model: nn.Module, scales: dict[str, float]) -> nn.Module:
@@ -131,6 +131,21 @@ def test_dense_phase_and_evaluation() -> None:
     session.to_sparse()
     twin = soft_twin(model, scales_of(model))
     assert relative(run(x), twin(x.double())) < 1e-5
+
+
+@pytest.mark.parametrize("block", [SwiGLU, GPT2MLP])
+def test_a_model_compiled_under_the_other_recipe_goes_on_under_the_new_one(block: type[nn.Module]) -> None:
+    model, x = Stack(block()), torch.randn(4, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for recipe in ("fst", "s-ste", "fst"):
+        torch._dynamo.reset()
+        run = compiled(model, recipe=recipe, refresh_every=1)
+        y = run(x)
+        twin = masked_twin(model).double() if recipe == "fst" else soft_twin(model, scales_of(model))
+        assert relative(y, twin(x.double())) < 1e-5, recipe
+        assert bool(scales_of(model)) == (recipe == "s-ste")
+        train(run, optimizer, 2)
+        assert 0 < sparse24.session(model).flip_rate() < 0.5
 
 
 def test_has_no_decay_and_no_costs_to_explain() -> None:
