@@ -134,7 +134,7 @@ def _together(tidied: GraphModule, linears: Sequence[Linear], recipe: Recipe) ->
     """
     wanted = [linear for linear in linears if linear.reason is None]
     try:
-        groups = groups_of(tidied, wanted)
+        groups = groups_of(tidied, wanted, recipe.recipe)
     except Exception:
         if recipe.strict:
             raise
@@ -234,7 +234,7 @@ class SparseGraph:
         try:
             linears = [self.sites[i][1] for i in sites]
             at = dict(zip(linears, sites, strict=True))
-            groups = [(g, [at[linear] for linear in g.linears]) for g in rewrite(gm, linears)]
+            groups = [(g, [at[linear] for linear in g.linears]) for g in rewrite(gm, linears, self.recipe.recipe)]
             variant = Variant(groups=groups, forward_only=self.forward_only)
             self.trace.graph("rewritten", gm)
             _name_sources(gm)
@@ -360,7 +360,7 @@ def _by_speed(param: Tensor, linear: Linear, together: tuple[int, str | None], r
     waiting = weights.waiting(param)
     if "wgrad" in waiting:
         return replace(linear, reason=waiting.get("reason"), wgrad=waiting["wgrad"])
-    if recipe.when == "always":
+    if recipe.when == "always" or recipe.recipe == "s-ste":
         return replace(linear, wgrad=recipe.wgrad)
     slow = providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
     if slow is not None:

@@ -58,7 +58,8 @@ class Session:
     def flip_rate(self) -> float:
         """Share of mask bits that changed at the last refresh, pooled over the sparse layers (the paper's flip rate).
 
-        Over `refresh_every` optimizer steps, in [0, 1]; 0.0 before the first refresh.
+        Over `refresh_every` optimizer steps, in [0, 1]; 0.0 before the first refresh. In the dense phase, with
+        virtual_flips=True: the virtual flip rate, of masks that a search would find and nothing is multiplied by.
         """
         refreshed = [w for w in self._sparse() if w.flips is not None]
         total = sum(w.shape[0] * w.shape[1] for w in refreshed)
@@ -84,12 +85,12 @@ class Session:
         return numbers
 
     def memory(self) -> dict[str, int]:
-        """Bytes by kind: dense masters of the sparse layers, their packed forms (W and W^T), masks kept without
-        them.
+        """Bytes by kind: dense masters of the sparse layers, their packed forms (W and W^T; with recipe "s-ste" S(W),
+        packed and dense), masks kept without them.
         """
         known = list(self._sparse())
         operands = {id(o): o for w in known for o in w.operands.values()}.values()
-        kept = [w._last_mask for w in known if w._last_mask is not None]
+        kept = [mask for w in known for mask in (w._last_mask, w._counted) if mask is not None]
         return {
             "masters": sum(w.param.nbytes for w in known),
             "packed": sum(o.inputs[0].nbytes for o in operands),
