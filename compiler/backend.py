@@ -27,6 +27,7 @@ from ..passes.graph import copy_of
 from ..passes.rewrite import Group, groups_of, rewrite
 from ..passes.tidy import tidy
 from . import (
+    fsdp,
     inference,
     weights,
 )
@@ -133,7 +134,7 @@ def _together(tidied: GraphModule, linears: Sequence[Linear], recipe: Recipe) ->
     """
     wanted = [linear for linear in linears if linear.reason is None]
     try:
-        groups = groups_of(tidied, wanted)
+        groups = groups_of(tidied, wanted, recipe.recipe)
     except Exception:
         if recipe.strict:
             raise
@@ -233,7 +234,7 @@ class SparseGraph:
         try:
             linears = [self.sites[i][1] for i in sites]
             at = dict(zip(linears, sites, strict=True))
-            groups = [(g, [at[linear] for linear in g.linears]) for g in rewrite(gm, linears)]
+            groups = [(g, [at[linear] for linear in g.linears]) for g in rewrite(gm, linears, self.recipe.recipe)]
             variant = Variant(groups=groups, forward_only=self.forward_only)
             self.trace.graph("rewritten", gm)
             _name_sources(gm)
@@ -328,6 +329,8 @@ def _unfit(param: Any) -> str | None:
         return "its weight is not an nn.Parameter"
     if is_traceable_wrapper_subclass(param):
         return f"its weight is a {type(param).__name__}"
+    if fsdp.gathered(param):
+        return "its weight is sharded by FSDP, which is not supported yet: use DDP"
     if param.device.type not in ("cpu", "cuda"):
         return f"its weight is on device {param.device}, need cpu or cuda"
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -357,7 +360,7 @@ def _by_speed(param: Tensor, linear: Linear, together: tuple[int, str | None], r
     waiting = weights.waiting(param)
     if "wgrad" in waiting:
         return replace(linear, reason=waiting.get("reason"), wgrad=waiting["wgrad"])
-    if recipe.when == "always":
+    if recipe.when == "always" or recipe.recipe == "s-ste":
         return replace(linear, wgrad=recipe.wgrad)
     slow = providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
     if slow is not None:

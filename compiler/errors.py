@@ -28,3 +28,7 @@ class NotFiniteError(BackendError, FloatingPointError):
 
 class SkippedError(BackendError):
     """A wanted layer stays dense, under strict=True."""
+
+
+class RankError(BackendError, RuntimeError):
+    """Ranks that train one model differ."""

@@ -22,6 +22,7 @@ from ..passes.graph import copy_of
 from ..passes.rewrite import SEEDS, Group, groups_of, operand_names, rewrite
 from . import weights
 from .capture import Capture, Graph, captured, same_draws
+from .errors import OptionError
 from .recipe import Recipe
 from .report import Report, Row
 from .session import session
@@ -55,6 +56,8 @@ def explain(
     _check_whole(held.model)
     known = list(held.weights.values())
     recipe = known[0].recipe if options is None and known else Recipe.from_options(options)
+    if recipe.recipe != "fst":
+        raise OptionError(f"sparse24: found recipe={recipe.recipe!r}, which explain has no costs for, need 'fst'")
     rates = cost.gpu_named(gpu)
     with same_draws(held.model), captured(held.model, (args, kwargs), recipe) as capture:
         rows = _traced_rows(capture, rates)

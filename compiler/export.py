@@ -24,7 +24,8 @@ from .weights import SparseWeight
 
 
 def prune(model: nn.Module, masks: str = "current") -> nn.Module:
-    """A copy of the model, or of the model inside a compiled wrapper, whose sparse weights hold W.M.
+    """A copy of the model, or of the model inside a compiled wrapper, whose sparse weights hold W.M (or, with recipe
+    "s-ste", beta * soft24(W)).
 
     The copy is an ordinary module of the model's own class, of the same dtypes, on the same devices, with the same
     parameter names but for `_orig_mod.` of compiled parts; tied parameters stay tied. Nothing of it is compiled, and no
@@ -90,7 +91,10 @@ def pruned(held: Session, masks: str) -> tuple[nn.Module, dict[str, tuple[int, .
     with torch.no_grad():
         for weight, mask in chosen:
             param: Tensor = memo[id(weight.param)]
-            param.masked_fill_(~mask.to(param.device), 0)
+            if weight.soft:
+                param.copy_(weight.masked())
+            else:
+                param.masked_fill_(~mask.to(param.device), 0)
             dims[names[id(param)]] = _reduction(weight, owners[id(param)])
     return plain, dims
 
@@ -175,7 +179,7 @@ def plain_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _reduction(weight: SparseWeight, owner: nn.Module) -> tuple[int, ...]:
     """The dimension that the product reduces over; both where neither the graphs nor the layer's class tell."""
-    if isinstance(weight, PrunedWeight):
+    if isinstance(weight, PrunedWeight) or weight.soft:
         return (0,) if weight.transposed else (1,)
     for operand in weight.operands.values():
         return (0,) if operand.transposed else (1,)

@@ -88,7 +88,7 @@ class Rows:
         """Pack where the weights changed since, into the same memory: CUDA graphs know its address."""
         now = [stamp(w.param) for w in self.weights]
         if self._packed_from != now:
-            dense = torch.cat([rows_of(w.param, self.transposed) for w in self.weights])
+            dense = torch.cat([rows_of(w.masked(), self.transposed) for w in self.weights])
             mask = torch.cat([rows_of(w.mask(), self.transposed) for w in self.weights])
             self.packed.copy_(layout.pack(dense.to(self.dtype), mask, layout.metadata_order(dense.device)))
             self._packed_from = now

@@ -22,15 +22,27 @@ def _is_patterns(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
 
 
+#: The default of `Recipe.decay`.
+DECAY = 2e-4
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How to train 2:4 (arXiv 2404.01847).
 
+    recipe         "fst": what arXiv 2404.01847 does, W.M with transposable masks, refreshed and decayed as below; or
+                   "s-ste" (arXiv 2409.09099): each weight is multiplied as beta * soft24(W), which subtracts from a
+                   group of four along in_features its second smallest magnitude. It is continuous in W: there are no
+                   masks to refresh and no decay. See `kernels.soft` for what it costs; `when` means "always".
     decay          lambda of the masked decay, added once per optimizer step to the gradient of every pruned weight:
                    g += decay * (1 - M) * W. It depends on loss reduction, batch size and optimizer; values from
                    6e-6 to 1e-3 are in use, and 2e-4 is a start for AdamW and a mean loss. 0 turns it off.
+                   `sparse24.find_decay` searches it. With "s-ste" it is 0.
     decay_on       "gradient"; or "weight" for the original SR-STE form, W -= lr * decay * (1 - M) * W.
-    refresh_every  optimizer steps between two searches of the masks; the kept values follow W at every step.
+    refresh_every  optimizer steps between two searches of the masks; the kept values follow W at every step. With
+                   "s-ste": between two counts of flips.
+    virtual_flips  count flips in the dense phase too, on masks that nothing is multiplied by (the paper's virtual flip
+                   rate): with dense_after=0 that of a dense run. The training is not changed by it.
     dense_after    optimizer steps after which all layers are dense (the paper: the last sixth of the run); None: never.
     wgrad          "mvue": weight gradients from 2:4-pruned, unbiased output gradients (MVUE); "dense": from dense ones.
     layers         "ffn"; "all" for attention projections too; or fnmatch patterns of parameter names. Without
@@ -48,7 +60,7 @@ class Recipe:
     Raises OptionError (a ValueError) on values out of range.
     """
 
-    decay: float = 2e-4
+    decay: float = DECAY
     decay_on: str = "gradient"
     refresh_every: int = 40
     dense_after: int | None = None
@@ -60,6 +72,8 @@ class Recipe:
     inner: str = "inductor"
     inductor: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
+    recipe: str = "fst"
+    virtual_flips: bool = False
 
     def __post_init__(self) -> None:
         real = isinstance(self.decay, numbers.Real) and not isinstance(self.decay, bool)
@@ -72,6 +86,11 @@ class Recipe:
         _check("seed", self.seed, _is_int(self.seed), "an int")
         for name, valid in _CHOICES.items():
             _check(name, getattr(self, name), getattr(self, name) in valid, " or ".join(map(repr, valid)))
+        if self.recipe == "s-ste":
+            _check("decay", self.decay, self.decay in (0, DECAY), "none: recipe='s-ste' has no decay, leave it out")
+            object.__setattr__(self, "decay", 0.0)
+        flag = isinstance(self.virtual_flips, bool)
+        _check("virtual_flips", self.virtual_flips, flag, "True or False")
         good = self.layers in ("ffn", "all") if isinstance(self.layers, str) else _is_patterns(self.layers)
         _check("layers", self.layers, good, "'ffn', 'all' or a list of patterns of parameter names")
         _check("skip", self.skip, _is_patterns(self.skip), "a list of patterns of parameter names")
@@ -94,10 +113,12 @@ class Recipe:
 
     def method(self) -> dict[str, Any]:
         """What decides the numbers of a run, and so has to agree between a saved state and its continuation."""
-        return {k: v for k, v in asdict(self).items() if k not in ("inner", "inductor", "when", "strict")}
+        return {k: v for k, v in asdict(self).items() if k not in _FREE}
 
 
+_FREE = ("inner", "inductor", "when", "strict", "virtual_flips")
 _CHOICES = {
+    "recipe": ("fst", "s-ste"),
     "decay_on": ("gradient", "weight"),
     "wgrad": ("mvue", "dense"),
     "when": ("faster", "always"),

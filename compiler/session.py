@@ -7,6 +7,7 @@ from torch import nn
 
 from . import weights
 from .errors import StateError
+from .ranks import check_ranks
 from .weights import SparseWeight
 
 _FORMAT = 1
@@ -57,7 +58,8 @@ class Session:
     def flip_rate(self) -> float:
         """Share of mask bits that changed at the last refresh, pooled over the sparse layers (the paper's flip rate).
 
-        Over `refresh_every` optimizer steps, in [0, 1]; 0.0 before the first refresh.
+        Over `refresh_every` optimizer steps, in [0, 1]; 0.0 before the first refresh. In the dense phase, with
+        virtual_flips=True: the virtual flip rate, of masks that a search would find and nothing is multiplied by.
         """
         refreshed = [w for w in self._sparse() if w.flips is not None]
         total = sum(w.shape[0] * w.shape[1] for w in refreshed)
@@ -83,18 +85,26 @@ class Session:
         return numbers
 
     def memory(self) -> dict[str, int]:
-        """Bytes by kind: dense masters of the sparse layers, their packed forms (W and W^T), masks kept without
-        them.
+        """Bytes by kind: dense masters of the sparse layers, their packed forms (W and W^T; with recipe "s-ste" S(W),
+        packed and dense), masks kept without them.
         """
         known = list(self._sparse())
         operands = {id(o): o for w in known for o in w.operands.values()}.values()
-        kept = [w._last_mask for w in known if w._last_mask is not None]
+        kept = [mask for w in known for mask in (w._last_mask, w._counted) if mask is not None]
         return {
             "masters": sum(w.param.nbytes for w in known),
             "packed": sum(o.inputs[0].nbytes for o in operands),
             "packed_t": sum(o.inputs[1].nbytes for o in operands),
             "masks": sum(m.nbytes for m in kept),
         }
+
+    def check_ranks(self, group: Any = None) -> None:
+        """Raise RankError where data-parallel ranks hold other weights, masks or options; it names the first parameter.
+
+        A collective of `group` (by default all ranks), to be called between steps by all of them, every 100 steps for
+        instance; nothing where torch.distributed is not initialized.
+        """
+        check_ranks(self.weights, group)
 
     def to_dense(self) -> None:
         """From the next forward on all layers are dense, without decay: the last phase of training."""

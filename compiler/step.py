@@ -1,7 +1,8 @@
 """What happens around an optimizer step, through torch's global optimizer hooks: no change to a training loop.
 
-Before it: masked decay on the gradients of its sparse weights. After it: new values for the packed forms, at the
-refresh interval new masks. A step that a GradScaler skips, or a weight that got no gradient, changes nothing.
+Before it: masked decay on the gradients of its sparse weights. After it: new values for the packed forms, and at the
+refresh interval new masks, or a count of flips alone where no mask is held fixed (in the dense phase, and S-STE's). A
+step that a GradScaler skips, or a weight that got no gradient, changes nothing.
 """
 
 import logging
@@ -17,7 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from ..kernels import layout, ops
-from . import weights
+from . import flips, weights
 from .weights import SparseWeight
 
 log = logging.getLogger("sparse24")
@@ -68,6 +69,7 @@ def _decay(optimizer: Optimizer) -> None:
     if stepping and _skipped(optimizer):
         stepping = []
     _stepping[optimizer] = [weight for weight, _ in stepping]
+    flips.begin(_stepping[optimizer])
     scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its kernel
     alike: dict[tuple[torch.device, float], list[tuple[torch.Tensor, layout.Block]]] = {}
     for weight, group in stepping:
@@ -113,12 +115,13 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     if optimizer not in _judged:
         _judge(optimizer, stepped)
-    due: dict[tuple[torch.device, bool], list[SparseWeight]] = {}
+    due: dict[tuple[torch.device, bool, bool], list[SparseWeight]] = {}
     for weight in stepped:
         weight.advance()
         if weight.sparse and weight.operands:
-            due.setdefault((weight.param.device, weight.refresh_due), []).append(weight)
-    packed = [(device, search, members, weights.pack(members, search)) for (device, search), members in due.items()]
+            search = weight.refresh_due and not weight.soft
+            due.setdefault((weight.param.device, search, weight.soft), []).append(weight)
+    packed = [(device, search, members, weights.pack(members, search)) for (device, search, _), members in due.items()]
     for device, search, members, stats in packed:
         if device.type == "cuda" and not search:
             with torch.cuda.device(device):
@@ -127,8 +130,12 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         rows = stats.tolist()
         weights.check_stats(members, rows)
         if search:
-            for weight, (flips, _) in zip(members, rows, strict=True):
-                weight.flips = flips
+            for weight, (changed, _) in zip(members, rows, strict=True):
+                weight.flips = changed
+    refreshed = [weight for weight in stepped if weight.refresh_due]
+    if refreshed:
+        flips.count(refreshed)
+        flips.watch(optimizer, refreshed)
 
 
 def _judge(optimizer: Optimizer, stepped: list[SparseWeight]) -> None:

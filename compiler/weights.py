@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..kernels import layout, ops
+from ..kernels import soft as soft24
+from ..kernels.reference import best_mask
+from . import soft
 from .errors import NotFiniteError, StateError
 from .recipe import Recipe
 
@@ -31,7 +34,8 @@ class SparseWeight:
     name: the parameter's name as its graph spells it. reason_skipped: None, or why the weight stays dense. step:
     optimizer steps that changed it while it was registered. phase: "sparse" or "dense". flips: mask bits that changed
     at the last refresh (None before the first). wgrad: "mvue" or "dense", what its weight gradient is taken from.
-    pruned: it came 2:4 and is only multiplied, never trained (`inference.PrunedWeight`).
+    pruned: it came 2:4 and is only multiplied, never trained (`inference.PrunedWeight`). scale: beta of recipe "s-ste"
+    (None before the first forward).
     """
 
     pruned = False
@@ -50,6 +54,9 @@ class SparseWeight:
         self.operands: dict[object, Any] = {}  # of Operand; of `inference.Rows` where it is pruned
         self._packed_from: tuple[int, int] | None = None
         self._last_mask: Tensor | None = None  # nibbles, two a byte, while no operand holds them
+        self._counted: Tensor | None = None  # likewise, the mask of the last count where flips are counted apart
+        self.scale: float | None = None
+        self.transposed = False  # of "s-ste": the parameter is stored [in, out]
         if reason_skipped is None:
             self.layer, _layers = _layers, _layers + 1
             self.phase = "dense" if recipe.dense_after == 0 else "sparse"
@@ -71,29 +78,68 @@ class SparseWeight:
         """Whether sparse or dense was a choice by speed, or is in force already, and so is not to be made again."""
         return self.reason_skipped is None or self.reason_skipped.startswith(SLOWER)
 
+    @property
+    def soft(self) -> bool:
+        """Whether it is multiplied as beta * soft24(W) and not as W.M."""
+        return self.recipe.recipe == "s-ste" and not self.pruned
+
+    def rows(self) -> Tensor:
+        """The master as [out_features, in_features]; of "s-ste"."""
+        return self.param.detach().t() if self.transposed else self.param.detach()
+
     def mask(self) -> Tensor:
         """bool of the parameter's shape ([out, in] for nn.Linear), True where kept. In the dense phase: the last mask.
+        With recipe "s-ste" what soft24 keeps of the weight as it is now, in either phase.
 
         Raises ValueError where the weight was never sparse.
         """
+        if self.scale is not None:
+            mask = self._found_mask()
+            return mask.t() if self.transposed else mask
         nibbles = self._nibbles()
         if nibbles is None:
             raise ValueError(f"sparse24: {self.name} has no mask: {self.reason_skipped or 'it was never sparse'}")
         return layout.mask_from_nibbles(nibbles)
 
     def masked(self) -> Tensor:
-        """W.M, of the parameter's shape and dtype."""
-        return self.param.detach() * self.mask()
+        """W.M, of the parameter's shape and dtype; with recipe "s-ste" beta * soft24(W). Raises as `mask` does."""
+        if self.scale is None:
+            return self.param.detach() * self.mask()
+        soft = (soft24.soft24(self.rows())[0] * self.scale).to(self.param.dtype)
+        return soft.t() if self.transposed else soft
+
+    def _found_mask(self) -> Tensor:
+        """bool of the shape of `rows`: the mask that a search finds now, whatever is in force."""
+        return soft24.mask_of(self.rows()) if self.soft else best_mask(self.param)
+
+    @property
+    def counts_apart(self) -> bool:
+        """Whether flips are counted on masks that no operand holds: S-STE's, and virtual ones in the dense phase."""
+        return self.soft if self.sparse else self.recipe.virtual_flips and self.reason_skipped is None
+
+    def count_flips(self) -> Tensor | None:
+        """Search a mask and count what changed since the last count, int64 []; None where it is the first."""
+        before = self._counted if self._counted is not None else self._last_mask
+        self._counted = _pair(layout.nibbles_from_mask(self._found_mask()))
+        if before is None:
+            return None
+        now, last = (layout.mask_from_nibbles(_unpair(m.to(self.param.device))) for m in (self._counted, before))
+        return (now ^ last).sum()
+
+    @property
+    def counted(self) -> bool:
+        """Whether there is a mask to count flips from."""
+        return self._counted is not None or self._last_mask is not None
 
     # ------------------------------------------------------------------------------------------------- its packed forms
 
     def _nibbles(self) -> Tensor | None:
         """uint8 [rows, cols / 4] of the mask in force, None before the first search."""
+        if self.soft:
+            return None  # a function of the weight, not a state
         for operand in self.operands.values():
             return operand.nibbles(self)
-        if self._last_mask is None:
-            return None
-        return torch.stack((self._last_mask & 15, self._last_mask >> 4), -1).view(self.shape[0], -1)
+        return None if self._last_mask is None else _unpair(self._last_mask)
 
     def note_packed(self) -> None:
         self._packed_from = stamp(self.param)
@@ -131,18 +177,23 @@ class SparseWeight:
             for weight in operand.weights:
                 if weight is not self and weight.operands.get(key) is operand:
                     del weight.operands[key]
-                    if not weight.operands and weight.sparse:
+                    if not weight.operands and weight.sparse and not weight.soft:
                         weight._last_mask = _pair(operand.nibbles(weight))
         self.operands = {}
 
+    def forget(self) -> None:
+        """Drop packed forms, masks and counts: another kind of recipe makes its own."""
+        self._keep_mask()
+        self._last_mask, self._counted, self.scale, self.flips = None, None, None, None
+
     def to_dense(self) -> None:
         self._keep_mask()
-        self.phase, self.flips = "dense", None
+        self.phase, self.flips, self._counted = "dense", None, None
 
     def to_sparse(self) -> None:
         """Back to 2:4, with a mask searched anew at the next forward."""
         if self.reason_skipped is None and not self.sparse:
-            self.phase, self._last_mask, self.flips = "sparse", None, None
+            self.phase, self._last_mask, self._counted, self.flips = "sparse", None, None, None
 
     # ----------------------------------------------------------------------------------------------------------- state
 
@@ -157,6 +208,9 @@ class SparseWeight:
             "phase": self.phase,
             "flips": self.flips,
             "mask": None if nibbles is None else _pair(nibbles).cpu(),
+            "counted": None if self._counted is None else self._counted.cpu(),
+            "scale": self.scale,
+            "transposed": self.transposed,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -166,13 +220,15 @@ class SparseWeight:
                 f"sparse24: the loaded state holds {self.name} as sparse, but here it stays dense: "
                 f"{self.reason_skipped}"
             )
-        for key in ("step", "calls", "layer", "wgrad", "phase", "flips"):
+        for key in ("step", "calls", "layer", "wgrad", "phase", "flips", "scale", "transposed"):
             setattr(self, key, state.get(key, getattr(self, key)))
-        mask = state.get("mask")
+        counted, mask = state.get("counted"), state.get("mask")
+        if counted is not None:
+            self._counted = counted.to(self.param.device)
         if mask is not None:
             self._keep_mask()
             self._last_mask = mask.to(self.param.device)
-        elif not self.sparse:
+        elif not self.sparse or self.soft:
             self._keep_mask()
 
 
@@ -184,6 +240,10 @@ def stamp(param: Tensor) -> tuple[int, int]:
 def _pair(nibbles: Tensor) -> Tensor:
     pairs = nibbles.view(nibbles.shape[0], -1, 2)
     return pairs[..., 0] | pairs[..., 1] << 4
+
+
+def _unpair(pairs: Tensor) -> Tensor:
+    return torch.stack((pairs & 15, pairs >> 4), -1).view(pairs.shape[0], -1)
 
 
 class Operand:
@@ -241,13 +301,18 @@ class Operand:
         layout.write_nibbles(layout.split(self.packed_t, cols, rows)[1], across, col, row, cols, rows, order)
 
 
-def operand_of(weights: tuple[SparseWeight, ...], dtype: torch.dtype, transposed: bool) -> Operand:
+def operand_of(weights: tuple[SparseWeight, ...], dtype: torch.dtype, transposed: bool) -> Operand | soft.SoftOperand:
     """The operand of these weights, made where there is none: with the masks in force, searched where there are
     none.
     """
     key = (dtype, transposed, *(w.layer for w in weights))
     operand = weights[0].operands.get(key)
-    if operand is None:
+    if operand is None and weights[0].soft:
+        operand = soft.SoftOperand(weights, dtype, transposed)
+        for weight in weights:
+            weight.operands[key] = operand
+        check_stats(weights, soft.pack(weights).tolist())
+    elif operand is None:
         operand = Operand(weights, dtype, transposed)
         for weight in weights:
             nibbles = weight._nibbles()
@@ -264,8 +329,11 @@ def operand_of(weights: tuple[SparseWeight, ...], dtype: torch.dtype, transposed
 def pack(weights: Sequence[SparseWeight], search: bool) -> Tensor:
     """Bring all packed forms of weights on one device up to their masters, with the masks in force or with new ones.
 
-    Each weight has at least one operand. Returns `ops.pack_weights_`'s statistics, int64 [weights, 2].
+    Each weight has at least one operand, and all are of one recipe. Returns `ops.pack_weights_`'s statistics, int64
+    [weights, 2].
     """
+    if weights[0].soft:
+        return soft.pack(weights)
     blocks = [[operand.block(weight) for operand in weight.operands.values()] for weight in weights]
     stats = ops.pack_weights_([block for own in blocks for block in own], search)
     for weight in weights:
@@ -315,6 +383,8 @@ def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
     elif weight.recipe != recipe:
         if weight.recipe.method() != recipe.method():
             log.warning("sparse24: %s was compiled with another recipe before; the new one is in force from here", name)
+        if weight.recipe.recipe != recipe.recipe:
+            weight.forget()
         weight.recipe = recipe
     if state is not None:
         weight.load(state)
@@ -358,6 +428,7 @@ def check_recipe(saved: dict[str, Any] | None, recipe: Recipe) -> None:
     if saved is None:
         return
     now = recipe.method()
+    saved = {**Recipe().method(), **saved}  # a state of before an option existed was trained with its default
     differences = [f"{k}={saved.get(k)!r} (now {now[k]!r})" for k in now if saved.get(k) != now[k]]
     if differences:
         raise StateError(

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..kernels.linear import sparse_linear, sparse_linear_glu
+from ..kernels.soft import soft_linear
 from . import graph as g
 from .activation import GATED_KINDS, Fused, match
 from .find import Linear
@@ -38,15 +39,15 @@ class Group:
         return self.linears[0].transposed
 
 
-def groups_of(gm: GraphModule, linears: Sequence[Linear]) -> list[Group]:
+def groups_of(gm: GraphModule, linears: Sequence[Linear], recipe: str = "fst") -> list[Group]:
     """What `rewrite` would make one matmul of, in operand order."""
-    return _group(gm, linears)[0]
+    return _group(gm, linears, recipe)[0]
 
 
-def _group(gm: GraphModule, linears: Sequence[Linear]) -> tuple[list[Group], dict[Node, Fused]]:
+def _group(gm: GraphModule, linears: Sequence[Linear], recipe: str) -> tuple[list[Group], dict[Node, Fused]]:
     by_path = {region.path: region for region in g.regions(gm)}
     fused: dict[Node, Fused] = {}
-    for region in by_path.values():
+    for region in by_path.values() if recipe == "fst" else ():
         for node in region.module.graph.nodes:
             found = match(node)
             if found is not None:
@@ -67,16 +68,16 @@ def _group(gm: GraphModule, linears: Sequence[Linear]) -> tuple[list[Group], dic
     return groups, fused
 
 
-def rewrite(gm: GraphModule, linears: Sequence[Linear]) -> list[Group]:
+def rewrite(gm: GraphModule, linears: Sequence[Linear], recipe: str = "fst") -> list[Group]:
     """Make `linears` (of `find_linears` on the same graph) sparse, in place. Returns the groups, in operand order.
 
     The graph gets new last placeholders: SEEDS int64 [groups], and for each group its packed [F, K] and packed_t
-    [K, F].
+    [K, F]; with recipe "s-ste" the dense S(W) [F, K] in place of the latter, and no activation is fused.
     """
     if not linears:
         return []
     by_path = {region.path: region for region in g.regions(gm)}
-    groups, fused = _group(gm, linears)
+    groups, fused = _group(gm, linears, recipe)
     top = {SEEDS: g.add_placeholder(gm, SEEDS)}
     for i in range(len(groups)):
         for name in operand_names(i):
@@ -88,7 +89,7 @@ def rewrite(gm: GraphModule, linears: Sequence[Linear]) -> list[Group]:
         if group.kind is not None:
             _replace_fused(fused[nodes[0]], nodes, inputs, i, group)
         else:
-            _replace(nodes, inputs, i, group)
+            _replace(nodes, inputs, i, group, sparse_linear if recipe == "fst" else soft_linear)
     for region in by_path.values():
         region.module.graph.lint()
         region.module.recompile()
@@ -181,17 +182,15 @@ def _hand_over(old: Node, new: Node, dtype: torch.dtype) -> None:
     old.replace_all_uses_with(new)
 
 
-def _replace(nodes: list[Node], inputs: list[Node], index: int, group: Group) -> None:
-    """One or several linears of one input become one `sparse_linear`, its output split, biases added."""
+def _replace(nodes: list[Node], inputs: list[Node], index: int, group: Group, op: Callable[..., object]) -> None:
+    """One or several linears of one input become one `op`, its output split, biases added."""
     args, graph = _arguments(nodes), nodes[0].graph
     packed, packed_t, seeds = inputs
     position = {n: i for i, n in enumerate(graph.nodes)}
     with graph.inserting_before(min(nodes, key=position.__getitem__)):
         x = _cast(graph, args[0].x, group.dtype)
         weights = tuple(a.weight for a in args)
-        call = graph.call_function(
-            sparse_linear, (x, weights, packed, packed_t, seeds, index, group.wgrad, group.transposed)
-        )
+        call = graph.call_function(op, (x, weights, packed, packed_t, seeds, index, group.wgrad, group.transposed))
     _carry(call, nodes[0])
     if len(nodes) > 1:
         call.meta.pop("example_value", None)  # it has the width of one

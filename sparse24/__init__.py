@@ -3,9 +3,10 @@ backend="sparse24").
 """
 
 from .compiler.backend import sparse24 as backend
-from .compiler.errors import NotFiniteError, OptionError, SkippedError, StateError
+from .compiler.errors import NotFiniteError, OptionError, RankError, SkippedError, StateError
 from .compiler.explain import explain
 from .compiler.export import prune, save_safetensors
+from .compiler.find_decay import DecaySearch, NoFeasibleDecay, find_decay
 from .compiler.onnx import export_onnx
 from .compiler.recipe import Recipe
 from .compiler.report import Report
@@ -17,8 +18,11 @@ from .compiler.weights import SparseWeight
 
 __version__ = "0.1.0"
 __all__ = [
+    "DecaySearch",
+    "NoFeasibleDecay",
     "NotFiniteError",
     "OptionError",
+    "RankError",
     "Recipe",
     "Report",
     "Session",
@@ -30,6 +34,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "export_tensorrt",
+    "find_decay",
     "prune",
     "save_safetensors",
     "session",

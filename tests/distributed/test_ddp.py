@@ -1,0 +1,99 @@
+"""Data-parallel training on CPU processes: the run of one process with the whole batch, and what is noticed if not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TRAIN = Path(__file__).with_name("train.py")
+
+
+def launch(folder: Path, what: str, ranks: int) -> "subprocess.CompletedProcess[str]":
+    folder.mkdir(exist_ok=True)
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *how, str(TRAIN), str(folder), what]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def results(folder: Path, what: str, ranks: int) -> list[dict[str, Any]]:
+    done = launch(folder, what, ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return results(tmp_path_factory.mktemp("alone"), "alone", 1)[0]
+
+
+@pytest.mark.parametrize(("what", "ranks"), [("ddp", 2), ("ddp", 4), ("ddp_outside", 2)])
+def test_ranks_train_as_one_process_with_the_whole_batch(
+    tmp_path: Path, alone: dict[str, Any], what: str, ranks: int
+) -> None:
+    """Same losses and masks, to the rounding of the reduction; to the bit among the ranks."""
+    found = results(tmp_path, what, ranks)
+    assert alone["losses"][-1] < 0.8 * alone["losses"][0]
+    for rank in found:
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert all(torch.equal(rank["model"][name], found[0]["model"][name]) for name in rank["model"])
+        for name, mask in rank["masks"].items():
+            assert torch.equal(mask, found[0]["masks"][name])
+            assert (mask != alone["masks"][name]).float().mean() < 1e-3  # a near tie may fall the other way
+
+
+def test_pruned_gradients_leave_ranks_equal(tmp_path: Path) -> None:
+    """Each rank draws for itself; what the gradients are reduced to is the same on all."""
+    first, second = results(tmp_path, "mvue", 2)
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+    assert all(torch.equal(first["masks"][name], second["masks"][name]) for name in first["masks"])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("weights", "found another weight of .*0.up.weight on rank 1 than on rank 0"),
+        ("mask", "found another mask of .*0.up.weight on rank 1 than on rank 0"),
+        ("options", r"found decay of .*0.up.weight as 0.2 on rank 1 and 0.1 on rank 0"),
+    ],
+)
+def test_ranks_that_differ_are_noticed(tmp_path: Path, what: str, message: str) -> None:
+    import re
+
+    done = launch(tmp_path, what, 2)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr), done.stderr[-3000:]
+
+
+def test_weights_that_fsdp_shards_stay_dense_with_the_reason(tmp_path: Path) -> None:
+    """What is gathered for a forward does not show when it changes: a mask on it would be stale."""
+    done = launch(tmp_path, "fsdp", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "up_parameters_weight" in done.stderr or "up.weight" in done.stderr
+    assert "its weight is sharded by FSDP, which is not supported yet: use DDP" in done.stderr
+    losses = torch.load(tmp_path / "0.pt")["losses"]
+    assert losses[-1] < 0.8 * losses[0] and not torch.load(tmp_path / "0.pt")["masks"]
+
+
+def test_ranks_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seed of a draw is another one on each rank, and the mean over ranks is unbiased as that over steps is."""
+    import torch.distributed as dist
+
+    from sparse24.compiler.seeds import draw_seed
+
+    class Weight:
+        class recipe:
+            seed = 0
+
+        step, calls, layer = 3, 0, 1
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    drawn = []
+    for rank in range(8):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        drawn.append(draw_seed(Weight))  # type: ignore[arg-type]
+    assert len(set(drawn)) == 8

@@ -1,0 +1,84 @@
+"""One data-parallel rank: trains a small model through the backend and saves what a test compares.
+
+    torchrun --nproc_per_node N train.py FOLDER WHAT
+
+WHAT: "ddp" (DDP inside torch.compile), "ddp_outside" (the other way round), "weights" (rank 1 starts from others),
+"mask" (rank 1 loses its masks mid-run), "options" (rank 1 has another decay), "mvue", "fsdp".
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import sparse24
+
+STEPS, GLOBAL_BATCH, D = 10, 8, 64
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def train(folder: Path, what: str) -> None:
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    torch.manual_seed(1 if (what, rank) == ("weights", 1) else 0)
+    model = nn.Sequential(Block(), Block())
+    options = {"inner": "aot_eager", "refresh_every": 3, "wgrad": "mvue" if what == "mvue" else "dense", "decay": 0.1}
+    if (what, rank) == ("options", 1):
+        options["decay"] = 0.2
+    if ranks == 1:
+        run = torch.compile(model, backend="sparse24", options=options)
+    elif what == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model:
+            block.compile(backend="sparse24", options=options)
+            fully_shard(block)
+        run = fully_shard(model)
+    elif what == "ddp_outside":
+        run = DDP(torch.compile(model, backend="sparse24", options=options))
+    else:
+        run = torch.compile(DDP(model, init_sync=what != "weights"), backend="sparse24", options=options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    session = sparse24.session(model)
+    losses = []
+    mine = slice(rank * GLOBAL_BATCH // ranks, (rank + 1) * GLOBAL_BATCH // ranks)
+    for step in range(STEPS):
+        x = torch.randn(GLOBAL_BATCH, 5, D, generator=torch.Generator().manual_seed(step))
+        loss = (run(x[mine]) - x[mine].roll(1, -1)).square().mean()
+        if step == 0:
+            session.check_ranks()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach() / ranks
+        if ranks > 1:
+            dist.all_reduce(mean)
+        losses.append(mean.item())
+        if (what, rank, step) == ("mask", 1, 5):
+            weight = next(w for name, w in session.weights.items() if name.endswith("0.up.weight"))
+            operand = next(iter(weight.operands.values()))
+            operand.put_mask(weight, operand.nibbles(weight).flip(0))
+        if step in (5, STEPS - 1):
+            session.check_ranks()
+    masks = {name: w.mask() for name, w in session.weights.items() if w.reason_skipped is None}
+    state = {name: getattr(value, "_local_tensor", value) for name, value in model.state_dict().items()}
+    torch.save({"losses": losses, "masks": masks, "model": state}, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    folder, what = Path(sys.argv[1]), sys.argv[2]
+    if what != "alone":
+        dist.init_process_group("gloo")
+    train(folder, what)
+    if what != "alone":
+        dist.destroy_process_group()
