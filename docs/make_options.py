@@ -25,10 +25,10 @@ Made by `python docs/make_options.py` from the docstring of `Recipe`; a test com
 TAIL = """
 `decay` depends on the optimizer, the batch size and the reduction of the loss. Watch the flip rate
 (`session.flip_rate()`): it should rise early and then fall towards zero as the learning rate falls. If it stays high or
-grows, raise `decay`.
+grows, raise `decay`. `sparse24.find_decay` searches it in short runs; `examples/find_decay.py` is a complete program.
 
-`session.load_state_dict` refuses a state that was saved under other options, but for `when`, `inner`, `inductor` and
-`strict`, which do not belong to the method; `strict=False` there goes on under the new ones.
+`session.load_state_dict` refuses a state that was saved under other options, but for `when`, `inner`, `inductor`,
+`strict` and `virtual_flips`, which do not belong to the method; `strict=False` there goes on under the new ones.
 """
 
 
