@@ -4,16 +4,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparse24 import kernels
 from sparse24.compiler import doctor
 from sparse24.compiler.command import main
-from sparse24.kernels import cost, layout
+from sparse24.kernels import cost, format_check, layout
 from sparse24.kernels.providers import MaskedDense, Problem
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -105,17 +103,12 @@ def test_doctor_says_what_to_do_about_a_cache_that_cannot_be_written(
     assert "set SPARSE24_CACHE to a folder" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("reason", [None, "the metadata is in another order"])
-def test_doctor_reports_the_check_of_the_packed_format(
-    reason: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = ModuleType("format_check")
-    module.check = lambda device: reason  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sparse24.kernels.format_check", module)
-    monkeypatch.setattr(kernels, "format_check", module, raising=False)
-    assert main(["doctor"]) == (1 if reason else 0)
-    line = next(line for line in capsys.readouterr().out.splitlines() if "packed format" in line)
-    assert (f"FAIL  packed format          {reason}" if reason else "ok    packed format          as expected") == line
+@pytest.mark.parametrize("reason", [None, "it packs bfloat16 in another order than the known one (sm_90)"])
+def test_doctor_reports_the_check_of_the_packed_format(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(format_check, "check", lambda device: reason)
+    found = doctor._format(torch.device("cuda"))
+    assert found.ok == (reason is None) and found.found == (reason or "as expected")
+    assert doctor._format(torch.device("cpu")).ok
 
 
 def test_doctor_names_a_gpu_whose_format_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
