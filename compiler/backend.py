@@ -62,9 +62,24 @@ def sparse24(
     """
     recipe = Recipe.from_options(options)
     if any(isinstance(x, FakeTensor) for x in example_inputs):
+        _warn_of_split()
         return _compile_inner(gm, example_inputs, recipe, mode)  # traced without data: there are no weights to pack
     graph = SparseGraph(gm, example_inputs, recipe, mode)
     return graph if graph.sites or graph.inference else graph.dense
+
+
+def _warn_of_split() -> None:
+    """Say once that Dynamo's DDPOptimizer hands over parts of the graph, without the data of their weights."""
+    if not torch.distributed.is_available() or torch._dynamo.config.optimize_ddp not in (True, "ddp_optimizer"):
+        return
+    if torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is None or "split" in _said:
+        return
+    _said.add("split")
+    log.warning(
+        "sparse24: found a model under DDP whose graph Dynamo splits at DDP's buckets: its parts stay dense. Set "
+        "torch._dynamo.config.optimize_ddp = False; where each block is compiled by itself (block.compile(...)), "
+        "gradients still travel while the backward runs"
+    )
 
 
 def read(
@@ -329,13 +344,12 @@ def _unfit(param: Any) -> str | None:
         return "its weight is not an nn.Parameter"
     if is_traceable_wrapper_subclass(param):
         return f"its weight is a {type(param).__name__}"
-    if fsdp.gathered(param):
-        return "its weight is sharded by FSDP, which is not supported yet: use DDP"
     if param.device.type not in ("cpu", "cuda"):
         return f"its weight is on device {param.device}, need cpu or cuda"
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {str(param.dtype).removeprefix('torch.')}, need float32, bfloat16 or float16"
-    return None
+    shard = fsdp.shard_of(param)
+    return None if shard is None else shard.unfit()
 
 
 def ineligible(param: Any) -> str | None:

@@ -16,6 +16,7 @@ from ..kernels import choice, layout, providers
 from ..kernels.providers import Problem
 from ..passes.find import Linear
 from . import weights
+from .fsdp import shard_of
 from .recipe import Recipe
 from .weights import SparseWeight, stamp
 
@@ -140,8 +141,8 @@ def two_four(param: Tensor, transposed: bool) -> bool:
 
 
 def is_ready(param: Tensor, linear: Linear) -> bool:
-    """Whether an eligible weight is to be multiplied as it is: 2:4, and not in training."""
-    return not in_training(param) and two_four(param, linear.transposed)
+    """Whether an eligible weight is to be multiplied as it is: 2:4, and not in training nor gathered by FSDP."""
+    return not in_training(param) and shard_of(param) is None and two_four(param, linear.transposed)
 
 
 def in_training(param: Tensor) -> bool:

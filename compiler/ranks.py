@@ -53,7 +53,8 @@ def check_ranks(weights: Mapping[str, SparseWeight], group: dist.ProcessGroup | 
     for weight in weights.values():
         nibbles = weight._nibbles() if weight.reason_skipped is None else None
         nothing = torch.zeros((), dtype=torch.int64, device=weight.param.device)
-        rows.append(torch.stack([_bits(weight.param), nothing if nibbles is None else _bits(nibbles)]))
+        own = _bits(weight.param) if weight.shard is None else nothing  # of FSDP each rank has its own rows
+        rows.append(torch.stack([own, nothing if nibbles is None else _bits(nibbles)]))
     device = rows[0].device
     found = torch.stack([row.to(device) for row in rows])
     everyone = [torch.empty_like(found) for _ in gathered]

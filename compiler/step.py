@@ -76,13 +76,13 @@ def _decay(optimizer: Optimizer) -> None:
         decay = weight.recipe.decay
         if not decay or not weight.sparse or not weight.operands:
             continue
-        param, grad = weight.param, weight.param.grad
+        block = next(iter(weight.operands.values())).trained_block(weight)
+        grad = weight.param.grad if weight.shard is None else weight.shard.grad
         assert grad is not None
-        on, factor = (param, -float(group["lr"]) * decay) if weight.recipe.decay_on == "weight" else (grad, decay)
+        on, factor = (block.w, -float(group["lr"]) * decay) if weight.recipe.decay_on == "weight" else (grad, decay)
         if on is grad and scale is not None:
             factor *= float(scale)
-        block = next(iter(weight.operands.values())).block(weight)
-        alike.setdefault((param.device, factor), []).append((on.detach(), block))
+        alike.setdefault((weight.param.device, factor), []).append((on.detach(), block))
     for (_, factor), pairs in alike.items():
         ops.masked_decay_([on for on, _ in pairs], [block for _, block in pairs], factor)
 
@@ -118,7 +118,9 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     due: dict[tuple[torch.device, bool, bool], list[SparseWeight]] = {}
     for weight in stepped:
         weight.advance()
-        if weight.sparse and weight.operands:
+        if weight.shard is not None:
+            weight.search_due |= weight.refresh_due
+        elif weight.sparse and weight.operands:
             search = weight.refresh_due and not weight.soft
             due.setdefault((weight.param.device, search, weight.soft), []).append(weight)
     packed = [(device, search, members, weights.pack(members, search)) for (device, search, _), members in due.items()]
@@ -132,7 +134,7 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if search:
             for weight, (changed, _) in zip(members, rows, strict=True):
                 weight.flips = changed
-    refreshed = [weight for weight in stepped if weight.refresh_due]
+    refreshed = [weight for weight in stepped if weight.refresh_due and weight.shard is None]
     if refreshed:
         flips.count(refreshed)
         flips.watch(optimizer, refreshed)
@@ -143,7 +145,7 @@ def _judge(optimizer: Optimizer, stepped: list[SparseWeight]) -> None:
     _judged.add(optimizer)
     if not any(w.sparse and w.recipe.decay and w.recipe.decay_on == "gradient" for w in stepped):
         return
-    state = optimizer.state.get(stepped[0].param, {})
+    state = optimizer.state.get(stepped[0].master, {})
     second = ("sq", "var", "sum", "inf", "second")
     if not any(any(mark in str(key) for mark in second) or key == "v" for key in state):
         log.warning(

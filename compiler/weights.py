@@ -14,8 +14,8 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from ..kernels import layout, ops
 from ..kernels import soft as soft24
 from ..kernels.reference import best_mask
-from . import soft
-from .errors import NotFiniteError, StateError
+from . import fsdp, soft
+from .errors import NotFiniteError, OptionError, StateError
 from .recipe import Recipe
 
 log = logging.getLogger("sparse24")
@@ -57,6 +57,8 @@ class SparseWeight:
         self._counted: Tensor | None = None  # likewise, the mask of the last count where flips are counted apart
         self.scale: float | None = None
         self.transposed = False  # of "s-ste": the parameter is stored [in, out]
+        self.shard = fsdp.shard_of(param)  # of FSDP: what the optimizer holds in the parameter's place
+        self.search_due = False  # of FSDP: the next forward, which gathers the weight, searches its mask
         if reason_skipped is None:
             self.layer, _layers = _layers, _layers + 1
             self.phase = "dense" if recipe.dense_after == 0 else "sparse"
@@ -68,6 +70,11 @@ class SparseWeight:
         if param is None:
             raise ReferenceError(f"sparse24: the parameter {self.name} no longer exists")
         return param
+
+    @property
+    def master(self) -> Tensor:
+        """What the optimizer holds: the parameter itself or, under FSDP, the DTensor of its shards."""
+        return self.param if self.shard is None else self.shard.param
 
     @property
     def sparse(self) -> bool:
@@ -102,7 +109,13 @@ class SparseWeight:
         return layout.mask_from_nibbles(nibbles)
 
     def masked(self) -> Tensor:
-        """W.M, of the parameter's shape and dtype; with recipe "s-ste" beta * soft24(W). Raises as `mask` does."""
+        """W.M, of the parameter's shape and dtype; with recipe "s-ste" beta * soft24(W). Raises as `mask` does, and
+        ValueError under FSDP: no rank has all of W between forwards.
+        """
+        if self.shard is not None:
+            raise ValueError(
+                f"sparse24: {self.name} is sharded by FSDP, need it whole: multiply its full_tensor() with mask()"
+            )
         if self.scale is None:
             return self.param.detach() * self.mask()
         soft = (soft24.soft24(self.rows())[0] * self.scale).to(self.param.dtype)
@@ -142,20 +155,28 @@ class SparseWeight:
         return None if self._last_mask is None else _unpair(self._last_mask)
 
     def note_packed(self) -> None:
-        self._packed_from = stamp(self.param)
+        self._packed_from = self._stamp()
 
     def follow(self) -> None:
-        """Repack where the master was changed by something other than an optimizer step, such as a loaded checkpoint.
+        """Repack where the master was changed by something other than an optimizer step, such as a loaded checkpoint;
+        under FSDP by an optimizer step too, since only a forward has the whole weight.
 
         Before the first step the mask is searched anew; after it the mask in force is kept.
         """
         param = self.param
-        if not self.operands or self._packed_from == stamp(param):
+        if not self.operands or self._packed_from == self._stamp():
             return
         if any(operand.packed.device != param.device for operand in self.operands.values()):
             self._keep_mask()
             return
-        check_stats([self], pack([self], search=self.step == 0).tolist())
+        stats = pack([self], search=self.step == 0 or self.search_due).tolist()
+        check_stats([self], stats)
+        if self.search_due:
+            self.flips, self.search_due = stats[0][0], False
+
+    def _stamp(self) -> tuple[int, int]:
+        """What changes when the master does: what FSDP gathers shows nothing of it."""
+        return stamp(self.param) if self.shard is None else (self.master._version, self.shard.local.data_ptr())
 
     def advance(self) -> None:
         """Count an optimizer step that changed the master; the last one of the sparse phase drops the packed forms."""
@@ -287,6 +308,14 @@ class Operand:
     def block(self, weight: SparseWeight) -> layout.Block:
         return layout.Block(weight.param.detach(), self.packed, self.packed_t, *self.where(weight))
 
+    def trained_block(self, weight: SparseWeight) -> layout.Block:
+        """The block of what this rank trains: of the weight, or of its rows of it."""
+        if weight.shard is None:
+            return self.block(weight)
+        row, col, rows, cols = self.where(weight)
+        local, first = weight.shard.local, weight.shard.first
+        return layout.Block(local, self.packed, self.packed_t, row + first, col, rows, cols)
+
     def nibbles(self, weight: SparseWeight) -> Tensor:
         row, col, rows, cols = self.where(weight)
         metadata = layout.split(self.packed, rows, cols)[1]
@@ -366,8 +395,15 @@ def get(param: Tensor) -> SparseWeight | None:
 
 
 def register(param: Tensor, weight: SparseWeight) -> None:
-    """Make `weight` what is known of a parameter."""
+    """Make `weight` what is known of a parameter, and of the shards that FSDP gathers it from."""
+    if weight.shard is not None and weight.reason_skipped is None:
+        for name, needed in (("recipe", "fst"), ("virtual_flips", False)):
+            found = getattr(weight.recipe, name)
+            if found != needed:
+                raise OptionError(f"sparse24: found option {name}={found!r} with FSDP, need {needed!r} there")
     _registry[param] = weight
+    if weight.shard is not None:
+        _registry[weight.shard.param] = weight
 
 
 def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
@@ -379,7 +415,7 @@ def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
         del _pending[param]
     if weight is None or weight.reason_skipped is not None or weight.pruned:
         weight = SparseWeight(param, name, recipe)
-        _registry[param] = weight
+        register(param, weight)
     elif weight.recipe != recipe:
         if weight.recipe.method() != recipe.method():
             log.warning("sparse24: %s was compiled with another recipe before; the new one is in force from here", name)
@@ -404,7 +440,7 @@ def skip(param: Tensor, name: str, recipe: Recipe, reason: str) -> None:
     if weight is None or weight.reason_skipped is not None or weight.recipe.method() != recipe.method():
         if weight is not None:
             weight.to_dense()
-        _registry[param] = SparseWeight(param, name, recipe, reason)
+        register(param, SparseWeight(param, name, recipe, reason))
 
 
 def expect(param: Tensor, state: dict[str, Any]) -> None:

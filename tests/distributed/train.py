@@ -2,8 +2,10 @@
 
     torchrun --nproc_per_node N train.py FOLDER WHAT
 
-WHAT: "ddp" (DDP inside torch.compile), "ddp_outside" (the other way round), "weights" (rank 1 starts from others),
-"mask" (rank 1 loses its masks mid-run), "options" (rank 1 has another decay), "mvue", "fsdp".
+WHAT: "ddp" (each block compiled, then DDP), "ddp_outside" (DDP, then compiled), "ddp_split" (the same, as Dynamo splits
+it by default), "fsdp" (fully_shard, each block compiled), "fsdp_kept" (the same, nothing resharded after the forward),
+"mvue" (DDP); and with DDP what is wrong: "weights" (rank 1 starts from others), "mask" (rank 1 has other masks),
+"options" (rank 1 has another decay).
 """
 
 import sys
@@ -16,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import sparse24
 
-STEPS, GLOBAL_BATCH, D = 10, 8, 64
+STEPS, GLOBAL_BATCH, D = 10, 8, 256  # 64 rows on each of 4 ranks
 
 
 class Block(nn.Module):
@@ -35,19 +37,22 @@ def train(folder: Path, what: str) -> None:
     options = {"inner": "aot_eager", "refresh_every": 3, "wgrad": "mvue" if what == "mvue" else "dense", "decay": 0.1}
     if (what, rank) == ("options", 1):
         options["decay"] = 0.2
+    torch._dynamo.config.optimize_ddp = what == "ddp_split"
     if ranks == 1:
         run = torch.compile(model, backend="sparse24", options=options)
-    elif what == "fsdp":
+    elif what.startswith("fsdp"):
         from torch.distributed.fsdp import fully_shard
 
         for block in model:
             block.compile(backend="sparse24", options=options)
-            fully_shard(block)
-        run = fully_shard(model)
-    elif what == "ddp_outside":
-        run = DDP(torch.compile(model, backend="sparse24", options=options))
+            fully_shard(block, reshard_after_forward=what != "fsdp_kept")
+        run = fully_shard(model, reshard_after_forward=what != "fsdp_kept")
+    elif what in ("ddp_outside", "ddp_split"):
+        run = torch.compile(DDP(model), backend="sparse24", options=options)
     else:
-        run = torch.compile(DDP(model, init_sync=what != "weights"), backend="sparse24", options=options)
+        for block in model:
+            block.compile(backend="sparse24", options=options)
+        run = DDP(model, init_sync=what != "weights")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     session = sparse24.session(model)
     losses = []
@@ -71,7 +76,7 @@ def train(folder: Path, what: str) -> None:
         if step in (5, STEPS - 1):
             session.check_ranks()
     masks = {name: w.mask() for name, w in session.weights.items() if w.reason_skipped is None}
-    state = {name: getattr(value, "_local_tensor", value) for name, value in model.state_dict().items()}
+    state = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in model.state_dict().items()}
     torch.save({"losses": losses, "masks": masks, "model": state}, folder / f"{rank}.pt")
 
 
