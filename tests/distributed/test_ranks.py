@@ -94,3 +94,21 @@ def test_ranks_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         drawn.append(draw_seed(Weight))  # type: ignore[arg-type]
     assert len(set(drawn)) == 8
+
+
+def test_a_shard_that_cannot_be_decayed_says_why() -> None:
+    from types import SimpleNamespace
+
+    from torch.distributed.tensor import Replicate, Shard
+
+    from sparse24.compiler import fsdp
+
+    def unfit(rows: int, ranks: int, *placements: Any) -> str | None:
+        mesh = SimpleNamespace(size=lambda: ranks)
+        param = SimpleNamespace(placements=placements, shape=(rows, 64), device_mesh=mesh)
+        return fsdp.Shard(param, 0).unfit()
+
+    assert unfit(256, 4, Shard(0)) is None
+    assert unfit(256, 8, Shard(0)) == "FSDP shards its 256 rows over 8 ranks, need a multiple of 64 on each"
+    assert "need whole rows on each rank" in (unfit(256, 4, Shard(1)) or "")
+    assert "need whole rows on each rank" in (unfit(256, 4, Replicate(), Shard(0)) or "")
