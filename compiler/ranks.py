@@ -35,7 +35,7 @@ def _about(weight: SparseWeight) -> dict[str, Any]:
     }
 
 
-def check_ranks(weights: Mapping[str, SparseWeight], group: dist.ProcessGroup | None = None) -> None:
+def check_ranks(weights: Mapping[str, SparseWeight], group: "dist.ProcessGroup | None" = None) -> None:
     """Raise RankError, on every rank of the group, where a weight, its mask or its recipe differs between ranks.
 
     The error names the first parameter that differs. A collective: all ranks of the group call it at the same place,
