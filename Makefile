@@ -37,6 +37,7 @@ sanitize:
 
 # Every number of README and docs anew, on the GPU at hand: an hour.
 bench:
+	rm -f $(RESULTS)/step_*.json
 	python benchmarks/step.py --layers ffn all --profile --models llama3-8b-width llama-1b-width --out $(RESULTS)/step_llama.json
 	python benchmarks/step.py --layers ffn --models gpt2-xl-width gpt2-large-width gpt2-medium-width gpt2-small vit-l bert-base --out $(RESULTS)/step_others.json
 	for script in gemm pack ffn memory compile_time inference models; do python benchmarks/$$script.py --out $(RESULTS)/$$script.json; done

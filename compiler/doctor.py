@@ -12,10 +12,6 @@ import torch
 from ..kernels import choice, cusparselt, format_check, layout
 from ..kernels.providers import PROVIDERS, Problem, Provider
 
-#: Of a version of cuSPARSELt what is known to be wrong with it, and what is done about it.
-FAULTS = {
-    "0.8.0": "algorithms 36 to 43 end in an illegal instruction for fp16 on an H100: ids from 36 on are never tried",
-}
 _ROWS, _INNER, _OUTER = 128, 256, 64
 
 
@@ -80,7 +76,7 @@ def _gpu(device: torch.device) -> Iterator[Check]:
     except cusparselt.Unavailable as error:
         yield Check("cuSPARSELt", str(error), False)
         return
-    yield Check("cuSPARSELt", f"{version}; {FAULTS.get(version, 'no fault of it is known')}")
+    yield Check("cuSPARSELt", f"{version}; {cusparselt.FAULTS.get(version, 'no fault of it is known')}")
 
 
 def _format(device: torch.device) -> Check:

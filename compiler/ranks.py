@@ -36,10 +36,10 @@ def _about(weight: SparseWeight) -> dict[str, Any]:
 
 
 def check_ranks(weights: Mapping[str, SparseWeight], group: "dist.ProcessGroup | None" = None) -> None:
-    """Raise RankError, on every rank of the group, where a weight, its mask or its recipe differs between ranks.
+    """Raise RankError, on every rank of the group, where a sparse weight, its mask or an option differs between ranks.
 
     The error names the first parameter that differs. A collective: all ranks of the group call it at the same place,
-    between steps. It moves 24 bytes a weight and a small object a rank, and reads each weight once.
+    between steps. It moves 16 bytes a sparse weight and a small object a rank, and reads each once.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return
@@ -47,11 +47,12 @@ def check_ranks(weights: Mapping[str, SparseWeight], group: "dist.ProcessGroup |
     dist.all_gather_object(gathered, {name: _about(weight) for name, weight in weights.items()}, group=group)
     for rank, other in enumerate(gathered):
         _compare(gathered[0], other, rank)
-    if not weights:
+    trained = {name: weight for name, weight in weights.items() if weight.reason_skipped is None}
+    if not trained:
         return
     rows = []
-    for weight in weights.values():
-        nibbles = weight._nibbles() if weight.reason_skipped is None else None
+    for weight in trained.values():
+        nibbles = weight._nibbles()
         nothing = torch.zeros((), dtype=torch.int64, device=weight.param.device)
         own = _bits(weight.param) if weight.shard is None else nothing  # of FSDP each rank has its own rows
         rows.append(torch.stack([own, nothing if nibbles is None else _bits(nibbles)]))
@@ -63,7 +64,7 @@ def check_ranks(weights: Mapping[str, SparseWeight], group: "dist.ProcessGroup |
         different = (other != everyone[0]).nonzero().tolist()
         if different:
             at, what = different[0]
-            name, kind = list(weights)[at], ("weight", "mask")[what]
+            name, kind = list(trained)[at], ("weight", "mask")[what]
             raise RankError(
                 f"sparse24: found another {kind} of {name} on rank {rank} than on rank 0, need the same on all; go on "
                 "from the last checkpoint, and look for what only some ranks do (loading, initialization, a skipped "

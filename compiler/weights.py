@@ -171,8 +171,12 @@ class SparseWeight:
             return
         stats = pack([self], search=self.step == 0 or self.search_due).tolist()
         check_stats([self], stats)
+        self.note_search(stats[0][0])
+
+    def note_search(self, flips: int) -> None:
+        """A forward has packed the weight, and searched its mask where that was due."""
         if self.search_due:
-            self.flips, self.search_due = stats[0][0], False
+            self.flips, self.search_due = flips, False
 
     def _stamp(self) -> tuple[int, int]:
         """What changes when the master does: what FSDP gathers shows nothing of it."""
@@ -232,6 +236,7 @@ class SparseWeight:
             "counted": None if self._counted is None else self._counted.cpu(),
             "scale": self.scale,
             "transposed": self.transposed,
+            "search_due": self.search_due,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -241,7 +246,7 @@ class SparseWeight:
                 f"sparse24: the loaded state holds {self.name} as sparse, but here it stays dense: "
                 f"{self.reason_skipped}"
             )
-        for key in ("step", "calls", "layer", "wgrad", "phase", "flips", "scale", "transposed"):
+        for key in ("step", "calls", "layer", "wgrad", "phase", "flips", "scale", "transposed", "search_due"):
             setattr(self, key, state.get(key, getattr(self, key)))
         counted, mask = state.get("counted"), state.get("mask")
         if counted is not None:
@@ -347,7 +352,10 @@ def operand_of(weights: tuple[SparseWeight, ...], dtype: torch.dtype, transposed
             nibbles = weight._nibbles()
             if nibbles is not None:
                 operand.put_mask(weight, nibbles.to(operand.packed.device))
-            check_stats([weight], ops.pack_weights_([operand.block(weight)], search=nibbles is None).tolist())
+            search = nibbles is None or weight.search_due
+            stats = ops.pack_weights_([operand.block(weight)], search).tolist()
+            check_stats([weight], stats)
+            weight.note_search(stats[0][0])
         for weight in weights:
             weight.operands[key] = operand
             weight._last_mask = None
@@ -409,10 +417,10 @@ def register(param: Tensor, weight: SparseWeight) -> None:
 def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
     """The SparseWeight of a parameter that a graph wants sparse. The recipe of the last compilation is in force."""
     weight = get(param)
-    state = _pending.get(param)
-    if state is not None:
+    state = waiting(param)
+    if state:
         check_recipe(state.get("recipe"), recipe)
-        del _pending[param]
+        del _pending[_held(param)]
     if weight is None or weight.reason_skipped is not None or weight.pruned:
         weight = SparseWeight(param, name, recipe)
         register(param, weight)
@@ -422,7 +430,7 @@ def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
         if weight.recipe.recipe != recipe.recipe:
             weight.forget()
         weight.recipe = recipe
-    if state is not None:
+    if state:
         weight.load(state)
     return weight
 
@@ -431,9 +439,9 @@ def skip(param: Tensor, name: str, recipe: Recipe, reason: str) -> None:
     """Record that a graph leaves a parameter dense. One that another graph of the same recipe has made sparse stays
     so.
     """
-    state = _pending.get(param, {})
+    state = waiting(param)
     if state.get("reason") == reason:
-        del _pending[param]
+        del _pending[_held(param)]
     elif "step" in state:
         raise StateError(f"sparse24: the loaded state holds {name} as sparse, but here it stays dense: {reason}")
     weight = get(param)
@@ -455,8 +463,14 @@ def expect(param: Tensor, state: dict[str, Any]) -> None:
 
 def waiting(param: Tensor) -> dict[str, Any]:
     """The state that waits for a parameter; empty where none does."""
-    state: dict[str, Any] = _pending.get(param, {})
+    state: dict[str, Any] = _pending.get(_held(param), {})
     return state
+
+
+def _held(param: Tensor) -> Tensor:
+    """What a user's model and optimizer hold of a parameter: itself or, under FSDP, the DTensor of its shards."""
+    shard = fsdp.shard_of(param)
+    return param if shard is None else shard.param
 
 
 def check_recipe(saved: dict[str, Any] | None, recipe: Recipe) -> None:

@@ -27,6 +27,11 @@ _ALG_CONFIG_ID, _ALG_CONFIG_MAX_ID = 0, 1
 #: illegal instruction on an H100, after which the process cannot use the GPU any more. None of them was the fastest at
 #: any bf16 shape.
 SAFE_ALGORITHMS = 36
+#: Of a version what is known to be wrong with it, and what is done about it.
+FAULTS = {
+    "0.8.0": f"algorithms {SAFE_ALGORITHMS} to 43 end in an illegal instruction for fp16 on an H100: ids from "
+    f"{SAFE_ALGORITHMS} on are never tried",
+}
 
 
 class Unavailable(RuntimeError):

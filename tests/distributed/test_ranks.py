@@ -31,7 +31,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results(tmp_path_factory.mktemp("alone"), "alone", 1)[0]
 
 
-@pytest.mark.parametrize(("what", "ranks"), [("ddp", 4), ("ddp_outside", 2), ("fsdp", 4), ("fsdp_kept", 2)])
+@pytest.mark.parametrize(
+    ("what", "ranks"), [("ddp", 4), ("ddp_outside", 2), ("fsdp", 4), ("fsdp_kept", 2), ("fsdp_resumed", 2)]
+)
 def test_ranks_train_as_one_process_with_the_whole_batch(
     tmp_path: Path, alone: dict[str, Any], what: str, ranks: int
 ) -> None:
@@ -40,6 +42,7 @@ def test_ranks_train_as_one_process_with_the_whole_batch(
     assert alone["losses"][-1] < 0.8 * alone["losses"][0]
     for rank in found:
         assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert rank["step"] == alone["step"] == len(alone["losses"])
         assert all(torch.equal(rank["model"][name], found[0]["model"][name]) for name in rank["model"])
         for name, mask in rank["masks"].items():
             assert torch.equal(mask, found[0]["masks"][name])

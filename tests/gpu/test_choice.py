@@ -159,7 +159,6 @@ def test_no_memory_for_packing_leaves_weights_and_packed_form():
     before = [x.clone() for x in (w, packed, packed_t)]
     w.mul_(2)
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(1e-6)
     try:
         with pytest.raises(torch.OutOfMemoryError):
