@@ -19,6 +19,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def select_bytes(low, high, selector):
+    """PTX's prmt: byte i of the result is the one of (low, high), 0 to 7, that nibble i of `selector` names. uint32."""
+    selector = (low & 0) | selector  # of the shape of the others
+    if INTERPRETED:
+        result = low & 0
+        for i in tl.static_range(4):
+            at = (selector >> (4 * i)) & 7
+            word = tl.where(at < 4, low, high)
+            result |= ((word >> (8 * (at & 3))) & 0xFF) << (8 * i)
+    else:
+        result = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
 def nibble_address(m, c, rows, cols, ORDER: tl.constexpr):
     """Twin of `layout.nibble_address`: byte offset (int64) and bit shift (int32) of the nibble of group c in row m."""
     m, c = m.to(tl.uint32), c.to(tl.uint32)  # unsigned: divisions by powers of two become shifts
@@ -48,25 +65,58 @@ def load_kept(metadata, m, c, rows, cols, ORDER: tl.constexpr):
 
 
 @triton.jit
-def load_tile_masks(metadata, m, c0, rows, cols, ORDER: tl.constexpr, G: tl.constexpr):
-    """int32 [R, G], bit 4 * i + l set where lane l of group c0 + g is kept in row m + i, i < 4. c0 a multiple of 8.
+def _load_tile_words(words, R: tl.constexpr, G: tl.constexpr):
+    """The word of each of [R, G] groups, from pointers to the words of eight groups each."""
+    return tl.reshape(tl.broadcast_to(tl.load(words), [R, G // 8, 2, 2, 2]), [R, G])
 
-    Read by whole words of eight nibbles: so few loads that Triton gives them the layout of the values, and not the
-    values that of the loads.
+
+@triton.jit
+def load_tile_masks(metadata, m, c0, rows, cols, ORDER: tl.constexpr, G: tl.constexpr):
+    """int32 [R, G], bit 4 * i + l set where lane l of group c0 + g is kept in row m + i, i < 4.
+
+    m in multiples of 4, c0 of 8. The nibbles of the four rows stand at the same place of four words, from which they
+    are taken together. Words are read once each: so few loads that Triton gives them the layout of the values, and not
+    the values that of the loads.
     """
-    c8, a = tl.arange(0, G // 8)[None, :, None, None, None], tl.arange(0, 2)[None, None, :, None, None]
-    b, k = tl.arange(0, 2)[None, None, None, :, None], tl.arange(0, 2)[None, None, None, None, :]
-    first = c0 + 8 * c8 + (2 * b if ORDER == "sm_90" else 4 * a)  # of the word's groups
-    mask = tl.zeros([m.shape[0], G], tl.int32)
-    for i in tl.static_range(4):
-        row = (m + i)[:, None, None, None, None]
-        byte, _ = nibble_address(row, first, rows, cols, ORDER)
-        words = tl.load((metadata + (byte & -4)).to(tl.pointer_type(tl.int32)))
-        byte, shift = nibble_address(row, c0 + 8 * c8 + 4 * a + 2 * b + k, rows, cols, ORDER)
-        nibble = (words >> ((byte & 3).to(tl.int32) * 8 + shift)) & 15
-        kept = (1 << (nibble & 3)) | (1 << (nibble >> 2))
-        mask |= tl.reshape(kept, [m.shape[0], G]) << (4 * i)
-    return mask
+    R: tl.constexpr = m.shape[0]
+    second: tl.constexpr = 2 if ORDER == "sm_90" else 4  # groups from one word to the next, words from row to row
+    word = tl.reshape(tl.arange(0, 2), [1, 1, 1, 2, 1] if ORDER == "sm_90" else [1, 1, 2, 1, 1])
+    c8 = tl.reshape(tl.arange(0, G // 8), [1, G // 8, 1, 1, 1])
+    byte, _ = nibble_address(tl.reshape(m, [R, 1, 1, 1, 1]), c0 + 8 * c8 + second * word, rows, cols, ORDER)
+    words = (metadata + (byte & -4)).to(tl.pointer_type(tl.uint32))
+    w0, w1 = _load_tile_words(words, R, G), _load_tile_words(words + second, R, G)
+    w2, w3 = _load_tile_words(words + 2 * second, R, G), _load_tile_words(words + 3 * second, R, G)
+    byte, shift = nibble_address(m[:, None], c0 + tl.arange(0, G)[None, :], rows, cols, ORDER)
+    of_two = 0x40 + (byte & 3).to(tl.uint32) * 0x11
+    nibbles = select_bytes(select_bytes(w0, w1, of_two), select_bytes(w2, w3, of_two), 0x5410)
+    nibbles = (nibbles >> shift.to(tl.uint32)) & 0x0F0F0F0F
+    nibbles = select_bytes(nibbles | nibbles >> 4, nibbles, 0x20)
+    zero = nibbles & 0
+    bits = zero | 0x08040201  # a table: byte l is the bit of lane l
+    kept = select_bytes(bits, zero, nibbles & 0x3333) | select_bytes(bits, zero, (nibbles >> 2) & 0x3333)
+    return select_bytes(kept | kept >> 4, zero, 0x4420).to(tl.int32)
+
+
+@triton.jit
+def store_tile_nibbles(metadata, nibbles, m0, c0, rows, cols, ORDER: tl.constexpr, G: tl.constexpr):
+    """`store_nibbles` of uint32 [G, G] that hold in byte i the nibble of row 4 * r + i of the tile."""
+    n = tl.reshape(nibbles, [G // 4, 2, 2, G // 8, 2, 2, 2])  # m/16, m/8%2, m/4%2, c/8, c/4%2, c/2%2, c%2
+    second: tl.constexpr = 2 if ORDER == "sm_90" else 4
+    n = tl.permute(n, (0, 2, 3, 5, 6, 4, 1) if ORDER == "sm_90" else (0, 2, 3, 4, 1, 5, 6))
+    low, high = tl.split(n)
+    low, high = tl.split(low | high << 4)
+    u0, u1 = tl.split(select_bytes(low, high, 0x5140))  # of rows 0 and 1
+    v0, v1 = tl.split(select_bytes(low, high, 0x7362))  # of rows 2 and 3
+    m16 = tl.reshape(tl.arange(0, G // 4), [G // 4, 1, 1, 1])
+    m4 = tl.reshape(tl.arange(0, 2), [1, 2, 1, 1])
+    c8 = tl.reshape(tl.arange(0, G // 8), [1, 1, G // 8, 1])
+    word = tl.reshape(tl.arange(0, 2), [1, 1, 1, 2])
+    byte, _ = nibble_address(m0 + 16 * m16 + 4 * m4, c0 + 8 * c8 + second * word, rows, cols, ORDER)
+    words = (metadata + byte).to(tl.pointer_type(tl.uint32))
+    tl.store(words, select_bytes(u0, u1, 0x5410))
+    tl.store(words + second, select_bytes(u0, u1, 0x7632))
+    tl.store(words + 2 * second, select_bytes(v0, v1, 0x5410))
+    tl.store(words + 3 * second, select_bytes(v0, v1, 0x7632))
 
 
 @triton.jit

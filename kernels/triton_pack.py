@@ -25,7 +25,8 @@ from .triton_common import (
     load_kept,
     load_tile_masks,
     metadata_of,
-    store_nibbles,
+    select_bytes,
+    store_tile_nibbles,
     store_values,
 )
 
@@ -42,6 +43,50 @@ def _load_lanes(at):
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
+
+
+@triton.jit
+def _load_words(at):
+    """A group of four 16-bit values in two uint32 (`_words`), from pointers to uint64."""
+    x = tl.load(at)
+    return x.to(tl.uint32), (x >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _word(x0, x1):
+    """Two 16-bit values in a uint32, the first below."""
+    return x0.to(tl.uint16, bitcast=True).to(tl.uint32) | (x1.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+
+
+@triton.jit
+def _words(x, dtype: tl.constexpr):
+    """Four values in two uint32."""
+    return _word(x[0].to(dtype), x[1].to(dtype)), _word(x[2].to(dtype), x[3].to(dtype))
+
+
+@triton.jit
+def _low(word, dtype: tl.constexpr):
+    """The first value of a word, fp32."""
+    if dtype == tl.bfloat16:
+        x = (word << 16).to(tl.float32, bitcast=True)
+    else:
+        x = (word & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _high(word, dtype: tl.constexpr):
+    """The second value of a word, fp32."""
+    if dtype == tl.bfloat16:
+        x = (word & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        x = (word >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _lanes(words, dtype: tl.constexpr):
+    return _low(words[0], dtype), _high(words[0], dtype), _low(words[1], dtype), _high(words[1], dtype)
 
 
 @triton.jit
@@ -114,22 +159,6 @@ def _transposed(mask):
 
 
 @triton.jit
-def _bytes(low, high, selector):
-    """PTX's prmt: byte i of the result is the one of (low, high), 0 to 7, that nibble i of `selector` names. uint32."""
-    if INTERPRETED:
-        result = low & 0
-        for i in tl.static_range(4):
-            at = (selector >> (4 * i)) & 7
-            word = tl.where(at < 4, low, high)
-            result |= ((word >> (8 * (at & 3))) & 0xFF) << (8 * i)
-    else:
-        result = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.uint32, is_pure=True, pack=1
-        )
-    return result
-
-
-@triton.jit
 def _beside(mask, x):
     """mask, in the layout of x: where they meet first it is moved, and no later what is made of it eight times over."""
     if not INTERPRETED:
@@ -138,27 +167,80 @@ def _beside(mask, x):
 
 
 @triton.jit
-def _word(x0, x1):
-    """Two 16-bit values in a uint32, the first below."""
-    return x0.to(tl.uint16, bitcast=True).to(tl.uint32) | (x1.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+def _add_words(a, b, dtype: tl.constexpr):
+    """The sums of two words' values, each rounded to dtype."""
+    if INTERPRETED:
+        result = _word((_low(a, dtype) + _low(b, dtype)).to(dtype), (_high(a, dtype) + _high(b, dtype)).to(dtype))
+    elif dtype == tl.bfloat16:  # fma.rn.bf16x2 by 1: an addition would need sm_90
+        result = tl.inline_asm_elementwise(
+            "{.reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2;}",
+            "=r,r,r",
+            [a, b],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        result = tl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    return result
 
 
 @triton.jit
-def _line(x0, x1, x2, x3, bits, dtype: tl.constexpr):
-    """What a line of four keeps by the lowest bits of `bits`: its values, in one uint32 or as [..., 2] of fp32, and its
-    nibble.
+def _not_finite(x0, x1, x2, x3, dtype: tl.constexpr):
+    """Not zero where one of the values in four lines of words is NaN; also for some infinite or huge ones."""
+    low = _add_words(_add_words(x0[0], x1[0], dtype), _add_words(x2[0], x3[0], dtype), dtype)
+    high = _add_words(_add_words(x0[1], x1[1], dtype), _add_words(x2[1], x3[1], dtype), dtype)
+    least: tl.constexpr = 0x00800080 if dtype == tl.bfloat16 else 0x04000400  # the lowest bit of each exponent
+    return ((_add_words(low, high, dtype) & 0x7FFF7FFF) + least) & 0x80008000
+
+
+@triton.jit
+def _nibbles(mask):
+    """The nibbles of the four lines of a mask, byte i that of the line with bits 4 * i.. : uint32.
+
+    Here and in `_kept_words` a table is two words, whose byte b belongs to lines with b for their lowest three bits:
+    these tell the six pairs apart.
     """
-    bits = bits.to(tl.uint32) & 7  # which tell the six pairs apart
-    zero = bits & 0
-    nibble = _bytes(zero | 0x040D0C00, zero | 0x0009080E, bits)  # a table: byte `bits` is the nibble
-    if dtype.primitive_bitwidth == 16:  # both values by one instruction, where selecting them would take ten
-        low, high = _word(x0.to(dtype), x1.to(dtype)), _word(x2.to(dtype), x3.to(dtype))
-        values = _bytes(low, high, 0x1010 + (nibble & 3) * 0x22 + (nibble & 12) * 0x880)
-    else:
-        i, j = nibble & 3, nibble >> 2
-        first = tl.where(i == 0, x0, tl.where(i == 1, x1, x2))
-        values = tl.join(first.to(dtype), tl.where(j == 3, x3, tl.where(j == 2, x2, x1)).to(dtype))
-    return values, nibble
+    lines = mask.to(tl.uint32) & 0x7777
+    zero = lines & 0
+    return select_bytes(zero | 0x040D0C00, zero | 0x0009080E, lines)
+
+
+@triton.jit
+def _kept_words(x0, x1, x2, x3, mask):
+    """What each line of a mask keeps of its two words: one word."""
+    lines = mask.to(tl.uint32) & 0x7777
+    zero = lines & 0
+    first = select_bytes(zero | 0x10321000, zero | 0x00321054, lines)  # the bytes of the first kept value
+    last = select_bytes(zero | 0x32767600, zero | 0x00545476, lines)
+    return (
+        select_bytes(x0[0], x0[1], select_bytes(first, last, 0x40)),
+        select_bytes(x1[0], x1[1], select_bytes(first, last, 0x51)),
+        select_bytes(x2[0], x2[1], select_bytes(first, last, 0x62)),
+        select_bytes(x3[0], x3[1], select_bytes(first, last, 0x73)),
+    )
+
+
+@triton.jit
+def _columns(x0, x1, x2, x3):
+    """The four columns of four lines of words, as lines of words."""
+    return (
+        (select_bytes(x0[0], x1[0], 0x5410), select_bytes(x2[0], x3[0], 0x5410)),
+        (select_bytes(x0[0], x1[0], 0x7632), select_bytes(x2[0], x3[0], 0x7632)),
+        (select_bytes(x0[1], x1[1], 0x5410), select_bytes(x2[1], x3[1], 0x5410)),
+        (select_bytes(x0[1], x1[1], 0x7632), select_bytes(x2[1], x3[1], 0x7632)),
+    )
+
+
+@triton.jit
+def _kept(x, mask, LINE: tl.constexpr):
+    """The two values that line LINE of a mask keeps of x, [..., 2]."""
+    bits = mask >> (4 * LINE)
+    first = tl.where((bits & 1) != 0, x[0], tl.where((bits & 2) != 0, x[1], x[2]))
+    last = tl.where((bits & 8) != 0, x[3], tl.where((bits & 4) != 0, x[2], x[1]))
+    return tl.join(first, last)
 
 
 @triton.jit
@@ -180,17 +262,6 @@ def _store_lines(packed, values, m0, v0, cols, T: tl.constexpr, ACROSS: tl.const
     else:
         values = tl.permute(values, (1, 3, 4, 0, 2) if ACROSS else (0, 3, 4, 1, 2))
         store_values(packed, tl.reshape(values, [T, T // 2]), m0, v0, cols, T, T // 2)
-
-
-@triton.jit
-def _nan(x):
-    x = x.to(tl.float32)  # the interpreter compares bf16 as integers
-    return (x != x).to(tl.int32)
-
-
-@triton.jit
-def _nans(x):
-    return (_nan(x[0]) + _nan(x[1])) + (_nan(x[2]) + _nan(x[3]))
 
 
 @triton.jit
@@ -249,6 +320,7 @@ def pack_weights_kernel(
     STRIP: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
+    BY_WORD: tl.constexpr = UNIT and MASTER == DTYPE and DTYPE.primitive_bitwidth == 16
     G: tl.constexpr = T // 4
     table, tile_row, first, last = _strip(table, strips, FIELDS, STRIP)
     row, col, rows, cols = _place(table)
@@ -260,12 +332,21 @@ def pack_weights_kernel(
     metadata, metadata_t = metadata_of(packed, rows, cols), metadata_of(packed_t, cols, rows)
     r0 = tile_row * T
     r = r0 + 4 * tl.arange(0, G)
-    flips, nans = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    flips, bad = tl.zeros([G, G], tl.int32), tl.zeros([G, G], tl.uint32)
     for tile in range(first, last):
         c0 = tile * T
-        at = w + r.to(tl.int64)[:, None] * stride_r + (c0 + tl.arange(0, T)).to(tl.int64)[None, :] * stride_c
-        x0, x1 = _load_lanes(at), _load_lanes(at + stride_r)
-        x2, x3 = _load_lanes(at + stride_r + stride_r), _load_lanes(at + stride_r + stride_r + stride_r)
+        if BY_WORD:
+            words = w.to(tl.pointer_type(tl.uint64)) + (c0 // 4 + tl.arange(0, G)).to(tl.int64)[None, :]
+            words += r.to(tl.int64)[:, None] * (stride_r // 4)
+            y0, y1 = _load_words(words), _load_words(words + stride_r // 4)
+            y2, y3 = _load_words(words + stride_r // 2), _load_words(words + stride_r // 2 + stride_r // 4)
+            x0, x1, x2, x3 = _lanes(y0, DTYPE), _lanes(y1, DTYPE), _lanes(y2, DTYPE), _lanes(y3, DTYPE)
+        else:
+            at = w + r.to(tl.int64)[:, None] * stride_r + (c0 + tl.arange(0, T)).to(tl.int64)[None, :] * stride_c
+            x0, x1 = _load_lanes(at), _load_lanes(at + stride_r)
+            x2, x3 = _load_lanes(at + stride_r + stride_r), _load_lanes(at + stride_r + stride_r + stride_r)
+            if DTYPE.primitive_bitwidth == 16:
+                y0, y1, y2, y3 = _words(x0, DTYPE), _words(x1, DTYPE), _words(x2, DTYPE), _words(x3, DTYPE)
         mask = load_tile_masks(metadata, row + r, (col + c0) // 4, rows, cols, ORDER, G)
         if SEARCH:
             old = mask
@@ -277,37 +358,44 @@ def pack_weights_kernel(
             bits = (bits & 0x5555) + ((bits >> 1) & 0x5555)
             bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
             bits = (bits & 0x0F0F) + ((bits >> 4) & 0x0F0F)
-            flips += tl.sum((bits & 0xFF) + (bits >> 8))
+            flips += (bits & 0xFF) + (bits >> 8)
             tl.debug_barrier()  # every thread has read the old metadata before any thread writes the new
-
-        # A sum is NaN where an entry is, or where infinities meet: the count is rarely needed.
-        probe = (_sum(x0) + _sum(x1)) + (_sum(x2) + _sum(x3))
-        if tl.sum((probe != probe).to(tl.int32)) > 0:
-            nans += tl.sum((_nans(x0) + _nans(x1)) + (_nans(x2) + _nans(x3)))
-
-        mask = _beside(mask, x0[0].to(tl.float32))
-        v0, n0 = _line(x0[0], x0[1], x0[2], x0[3], mask, DTYPE)
-        v1, n1 = _line(x1[0], x1[1], x1[2], x1[3], mask >> 4, DTYPE)
-        v2, n2 = _line(x2[0], x2[1], x2[2], x2[3], mask >> 8, DTYPE)
-        v3, n3 = _line(x3[0], x3[1], x3[2], x3[3], mask >> 12, DTYPE)
+        if DTYPE.primitive_bitwidth == 16:
+            mask = _beside(mask, y0[0])
+            bad |= _not_finite(y0, y1, y2, y3, DTYPE)
+            v0, v1, v2, v3 = _kept_words(y0, y1, y2, y3, mask)
+        else:
+            mask = _beside(mask, x0[0])
+            probe = (_sum(x0) + _sum(x1)) + (_sum(x2) + _sum(x3))  # NaN where an entry is, or where infinities meet
+            bad |= (probe != probe).to(tl.uint32)
+            v0, v1, v2, v3 = _kept(x0, mask, 0), _kept(x1, mask, 1), _kept(x2, mask, 2), _kept(x3, mask, 3)
         _store_lines(packed, _interleave(v0, v1, v2, v3), row + r0, (col + c0) // 2, cols, T, False)
         if SEARCH:
-            nibbles = tl.permute(_interleave(n0, n1, n2, n3), (0, 2, 3, 1)).to(tl.int32)
-            store_nibbles(metadata, tl.reshape(nibbles, [T, G]), row + r0, (col + c0) // 4, rows, cols, ORDER, T, G)
+            store_tile_nibbles(metadata, _nibbles(mask), row + r0, (col + c0) // 4, rows, cols, ORDER, G)
 
         mask = _transposed(mask)
-        v0, n0 = _line(x0[0], x1[0], x2[0], x3[0], mask, DTYPE)
-        v1, n1 = _line(x0[1], x1[1], x2[1], x3[1], mask >> 4, DTYPE)
-        v2, n2 = _line(x0[2], x1[2], x2[2], x3[2], mask >> 8, DTYPE)
-        v3, n3 = _line(x0[3], x1[3], x2[3], x3[3], mask >> 12, DTYPE)
+        if DTYPE.primitive_bitwidth == 16:
+            y0, y1, y2, y3 = _columns(y0, y1, y2, y3)
+            v0, v1, v2, v3 = _kept_words(y0, y1, y2, y3, mask)
+        else:
+            v0, v1 = _kept((x0[0], x1[0], x2[0], x3[0]), mask, 0), _kept((x0[1], x1[1], x2[1], x3[1]), mask, 1)
+            v2, v3 = _kept((x0[2], x1[2], x2[2], x3[2]), mask, 2), _kept((x0[3], x1[3], x2[3], x3[3]), mask, 3)
         _store_lines(packed_t, _interleave(v0, v1, v2, v3), col + c0, (row + r0) // 2, rows, T, True)
         if SEARCH:
-            nibbles = tl.permute(_interleave(n0, n1, n2, n3), (1, 2, 3, 0)).to(tl.int32)
-            store_nibbles(metadata_t, tl.reshape(nibbles, [T, G]), col + c0, (row + r0) // 4, cols, rows, ORDER, T, G)
-    if flips > 0:
-        tl.atomic_add(stats, flips.to(tl.int64), sem="relaxed")
-    if nans > 0:
-        tl.atomic_add(stats + 1, nans.to(tl.int64), sem="relaxed")
+            store_tile_nibbles(metadata_t, tl.trans(_nibbles(mask)), col + c0, (row + r0) // 4, cols, rows, ORDER, G)
+    if SEARCH:
+        changed = tl.sum(flips)
+        if changed > 0:
+            tl.atomic_add(stats, changed.to(tl.int64), sem="relaxed")
+    if tl.max((bad != 0).to(tl.int32)) != 0:  # rarely: only then is it counted
+        nans = tl.zeros([], tl.int32)
+        for tile in range(first, last):
+            cols_of_tile = (tile * T + tl.arange(0, T)).to(tl.int64)
+            at = w + (r0 + tl.arange(0, T)).to(tl.int64)[:, None] * stride_r + cols_of_tile[None, :] * stride_c
+            x = tl.load(at).to(tl.float32)  # the interpreter compares bf16 as integers
+            nans += tl.sum((x != x).to(tl.int32))
+        if nans > 0:
+            tl.atomic_add(stats + 1, nans.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -427,8 +515,8 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
         launches.setdefault(key, []).append((*_row_of(block), block.packed_t.data_ptr(), i))
     for (master, dtype, unit), rows in launches.items():
         kinds = {"MASTER": _TRITON[master], "DTYPE": _TRITON[dtype], "UNIT": unit}
-        if search:
-            kinds["maxnreg"] = 168  # three programs then fit on a multiprocessor, and hardly anything is spilled
+        if search and unit:
+            kinds["maxnreg"] = 128  # four programs then fit on a multiprocessor, and nothing is spilled
         _launch_all(pack_weights_kernel, rows, device, stats, SEARCH=search, **kinds, num_warps=4)
     return stats
 
