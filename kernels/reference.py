@@ -15,52 +15,55 @@ from .layout import Block
 
 # ---------------------------------------------------------------------------------------------------------------- masks
 
-#: |w| is clamped here before the search, so that sums of infinities still count how many are kept.
-SATURATE = 2.0**123
+
+def keys(w: Tensor) -> list[list[Tensor]]:
+    """What a mask is chosen by: int32 [rows / 4, cols / 4] for each row and column of a tile of w [rows, cols].
+
+    A key is |w| in steps of 2^-19 of the power of two above the largest entry of its tile, and below that nine bits
+    that tell which entries a sum of keys is of: those of columns 1, 2 and 3 of rows 0, 1 and 2, from which the others
+    follow. Less 2^27, so that eight of them add up within int32. NaN counts as 0, and as the largest what is infinite
+    or above 2^126.
+    """
+    rows, cols = w.shape
+    a = w.detach().to(torch.float32).abs().view(rows // 4, 4, cols // 4, 4)
+    a = torch.where(a.isnan(), 0.0, a)
+    exponent = a.amax((1, 3), keepdim=True).view(torch.int32) & 0x7F800000
+    scale = (0x7E800000 - exponent.clamp(max=0x7E000000)).view(torch.float32)
+    steps = ((a * scale).clamp(max=1.0) + 16.0).view(torch.int32) & 0x7FFFFF
+    tags = torch.tensor([[0, 1, 2, 4], [0, 8, 16, 32], [0, 64, 128, 256], [0] * 4], dtype=torch.int32, device=w.device)
+    key = (steps << 9) + (tags - 2**27)[:, None]
+    return [[key[:, r, :, c] for c in range(4)] for r in range(4)]
 
 
 def best_mask(w: Tensor) -> Tensor:
     """The transposable 2:4 mask that keeps the largest sum of |w| in every aligned 4x4 tile (exhaustive).
 
     w [rows, cols], any float dtype, rows % 4 == cols % 4 == 0  ->  bool [rows, cols].
-    Two columns i, j of two rows are shared between them in the better of two ways. The 90 candidates are: what rows
-    0, 1 share of all columns, and rows 2, 3 likewise (36); what rows 0, 1 together share with rows 2, 3 together (6);
-    rows 0, 1 sharing i, j, rows 2, 3 too, and the two pairs of rows the other columns (48). Sums are in fp32, in the
-    order of the code; of equals the first counts. NaN tiles get some legal mask: the caller counts them
-    (`pack_weights_`).
+    Entries are compared as `keys`, rounded to 2^-19 of the tile's largest; of equal sums the one with the largest bits
+    wins. Two columns i, j of two rows are shared between them in the better of two ways. The 90 candidates are: what
+    rows 0, 1 share of all columns, and rows 2, 3 likewise (36); what rows 0, 1 together share with rows 2, 3 together
+    (6); rows 0, 1 sharing i, j, rows 2, 3 too, and the two pairs of rows the other columns (48). NaN tiles get a legal
+    mask: the caller counts them (`pack_weights_`).
     """
-    rows, cols = w.shape
-    a = w.detach().to(torch.float32).abs().clamp(max=SATURATE).view(rows // 4, 4, cols // 4, 4)
-    x = [[a[:, r, :, c] for c in range(4)] for r in range(4)]
-    Scored = tuple[Tensor, Tensor]  # a sum, and the bits 4 * row + column that are in it
+    x = keys(w)
 
-    def either(first: Scored, second: Scored) -> Scored:
-        better = second[0] > first[0]
-        return torch.where(better, second[0], first[0]), torch.where(better, second[1], first[1])
+    def shared(y: list[Tensor], z: list[Tensor]) -> list[Tensor]:
+        """For each pair of columns the better way."""
+        return [torch.maximum(y[i] + z[j], y[j] + z[i]) for i, j in layout.PAIRS]
 
-    def both(first: Scored, second: Scored) -> Scored:
-        return first[0] + second[0], first[1] | second[1]
+    def all_four(ways: list[Tensor]) -> Tensor:
+        return torch.maximum(ways[0] + ways[5], ways[1] + ways[4])  # 01 and 23, or 02 and 13: all six splits
 
-    def shared(y: list[Tensor], z: list[Tensor], y_rows: int, z_rows: int) -> list[Scored]:
-        """For each pair of columns the better way; y_rows and z_rows: bits of their column 0."""
-        ways = []
-        for i, j in layout.PAIRS:
-            straight, swapped = y_rows << i | z_rows << j, y_rows << j | z_rows << i
-            bits = torch.tensor([straight, swapped], device=w.device)
-            ways.append(either((y[i] + z[j], bits[0]), (y[j] + z[i], bits[1])))
-        return ways
-
-    def all_four(ways: list[Scored]) -> Scored:
-        return either(both(ways[0], ways[5]), both(ways[1], ways[4]))  # 01 and 23, or 02 and 13: all six splits
-
-    top, bottom = shared(x[0], x[1], 0x1, 0x10), shared(x[2], x[3], 0x100, 0x1000)
     upper, lower = ([x[r][c] + x[r + 1][c] for c in range(4)] for r in (0, 2))
-    pairs = shared(upper, lower, 0x11, 0x1100)
-    best = either(both(all_four(top), all_four(bottom)), all_four(pairs))
+    top, bottom, pairs = shared(x[0], x[1]), shared(x[2], x[3]), shared(upper, lower)
+    best = torch.maximum(all_four(top) + all_four(bottom), all_four(pairs))
     for p in range(6):
-        best = either(best, both(both(top[p], bottom[p]), pairs[5 - p]))
-    bit = torch.arange(16, device=w.device).view(1, 4, 1, 4)
-    return (best[1][:, None, :, None] >> bit & 1).bool().reshape(rows, cols)
+        best = torch.maximum(best, top[p] + bottom[p] + pairs[5 - p])
+    lines = (best & 0o7) | (best & 0o70) << 1 | (best & 0o700) << 2
+    lines |= ((lines ^ (lines >> 4) ^ (lines >> 8)) & 7) << 12  # an even number is kept in each column
+    lines = lines << 1 | ((lines ^ (lines >> 1) ^ (lines >> 2)) & 0x1111)  # and in each row
+    bit = torch.arange(16, device=w.device, dtype=torch.int32).view(1, 4, 1, 4)
+    return (lines[:, None, :, None] >> bit & 1).bool().reshape(w.shape)
 
 
 def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:

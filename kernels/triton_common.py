@@ -38,7 +38,7 @@ def select_bytes(low, high, selector):
 @triton.jit
 def nibble_address(m, c, rows, cols, ORDER: tl.constexpr):
     """Twin of `layout.nibble_address`: byte offset (int64) and bit shift (int32) of the nibble of group c in row m."""
-    m, c = m.to(tl.uint32), c.to(tl.uint32)  # unsigned: divisions by powers of two become shifts
+    m, c = tl.cast(m, tl.uint32), tl.cast(c, tl.uint32)  # unsigned: divisions by powers of two become shifts
     if ORDER == "sm_90":
         byte = (m // 64).to(tl.int64) * (8 * cols) + ((m % 64) // 16 * 64 + m % 8 * 8)
         byte += (c // 8).to(tl.int64) * 256 + (c % 4 * 2 + c % 8 // 4)
@@ -48,6 +48,16 @@ def nibble_address(m, c, rows, cols, ORDER: tl.constexpr):
         byte += (c // 16).to(tl.int64) * (1024 * (rows // 128)) + (c % 16 // 8 * 512 + c % 8 // 4 * 4 + c % 4 // 2)
         shift = c % 2 * 4 + 0 * m
     return byte, shift.to(tl.int32)
+
+
+@triton.jit
+def _tile_of(metadata, m0, c0, rows, cols, ORDER: tl.constexpr):
+    """Pointer to where the nibbles of a tile begin, its first row and group multiples of 64 and 16.
+
+    From there on the addresses are those of the first tile, which no loop has to compute again.
+    """
+    byte, _ = nibble_address(m0, c0, rows, cols, ORDER)
+    return metadata + byte
 
 
 @triton.jit
@@ -65,28 +75,28 @@ def load_kept(metadata, m, c, rows, cols, ORDER: tl.constexpr):
 
 
 @triton.jit
-def _load_tile_words(words, R: tl.constexpr, G: tl.constexpr):
-    """The word of each of [R, G] groups, from pointers to the words of eight groups each."""
-    return tl.reshape(tl.broadcast_to(tl.load(words), [R, G // 8, 2, 2, 2]), [R, G])
+def _load_tile_words(words, G: tl.constexpr):
+    """The word of each of [G, G] groups, from pointers to the words of eight groups each."""
+    return tl.reshape(tl.broadcast_to(tl.load(words), [G, G // 8, 2, 2, 2]), [G, G])
 
 
 @triton.jit
-def load_tile_masks(metadata, m, c0, rows, cols, ORDER: tl.constexpr, G: tl.constexpr):
-    """int32 [R, G], bit 4 * i + l set where lane l of group c0 + g is kept in row m + i, i < 4.
+def load_tile_masks(metadata, m0, c0, rows, cols, ORDER: tl.constexpr, G: tl.constexpr):
+    """int32 [G, G], bit 4 * i + l set where lane l of group c0 + g is kept in row m0 + 4 * r + i, i < 4.
 
-    m in multiples of 4, c0 of 8. The nibbles of the four rows stand at the same place of four words, from which they
+    m0 in multiples of 64, c0 of 16. The nibbles of the four rows stand at the same place of four words, from which they
     are taken together. Words are read once each: so few loads that Triton gives them the layout of the values, and not
     the values that of the loads.
     """
-    R: tl.constexpr = m.shape[0]
     second: tl.constexpr = 2 if ORDER == "sm_90" else 4  # groups from one word to the next, words from row to row
+    metadata = _tile_of(metadata, m0, c0, rows, cols, ORDER)
+    m, c8 = tl.reshape(4 * tl.arange(0, G), [G, 1, 1, 1, 1]), tl.reshape(tl.arange(0, G // 8), [1, G // 8, 1, 1, 1])
     word = tl.reshape(tl.arange(0, 2), [1, 1, 1, 2, 1] if ORDER == "sm_90" else [1, 1, 2, 1, 1])
-    c8 = tl.reshape(tl.arange(0, G // 8), [1, G // 8, 1, 1, 1])
-    byte, _ = nibble_address(tl.reshape(m, [R, 1, 1, 1, 1]), c0 + 8 * c8 + second * word, rows, cols, ORDER)
+    byte, _ = nibble_address(m, 8 * c8 + second * word, 64, 64, ORDER)
     words = (metadata + (byte & -4)).to(tl.pointer_type(tl.uint32))
-    w0, w1 = _load_tile_words(words, R, G), _load_tile_words(words + second, R, G)
-    w2, w3 = _load_tile_words(words + 2 * second, R, G), _load_tile_words(words + 3 * second, R, G)
-    byte, shift = nibble_address(m[:, None], c0 + tl.arange(0, G)[None, :], rows, cols, ORDER)
+    w0, w1 = _load_tile_words(words, G), _load_tile_words(words + second, G)
+    w2, w3 = _load_tile_words(words + 2 * second, G), _load_tile_words(words + 3 * second, G)
+    byte, shift = nibble_address(4 * tl.arange(0, G)[:, None], tl.arange(0, G)[None, :], 64, 64, ORDER)
     of_two = 0x40 + (byte & 3).to(tl.uint32) * 0x11
     nibbles = select_bytes(select_bytes(w0, w1, of_two), select_bytes(w2, w3, of_two), 0x5410)
     nibbles = (nibbles >> shift.to(tl.uint32)) & 0x0F0F0F0F
@@ -111,8 +121,8 @@ def store_tile_nibbles(metadata, nibbles, m0, c0, rows, cols, ORDER: tl.constexp
     m4 = tl.reshape(tl.arange(0, 2), [1, 2, 1, 1])
     c8 = tl.reshape(tl.arange(0, G // 8), [1, 1, G // 8, 1])
     word = tl.reshape(tl.arange(0, 2), [1, 1, 1, 2])
-    byte, _ = nibble_address(m0 + 16 * m16 + 4 * m4, c0 + 8 * c8 + second * word, rows, cols, ORDER)
-    words = (metadata + byte).to(tl.pointer_type(tl.uint32))
+    byte, _ = nibble_address(16 * m16 + 4 * m4, 8 * c8 + second * word, 64, 64, ORDER)
+    words = (_tile_of(metadata, m0, c0, rows, cols, ORDER) + byte).to(tl.pointer_type(tl.uint32))
     tl.store(words, select_bytes(u0, u1, 0x5410))
     tl.store(words + second, select_bytes(u0, u1, 0x7632))
     tl.store(words + 2 * second, select_bytes(v0, v1, 0x5410))
@@ -138,15 +148,15 @@ def store_nibbles(metadata, nibbles, m0, c0, rows, cols, ORDER: tl.constexpr, R:
     m1 = tl.reshape(tl.arange(0, 8), [1, 8, 1, 1])
     c8 = tl.reshape(tl.arange(0, G // 8), [1, 1, G // 8, 1])
     word = tl.reshape(tl.arange(0, 2), [1, 1, 1, 2])
-    byte, _ = nibble_address(m0 + 16 * m16 + m1, c0 + 8 * c8 + second * word, rows, cols, ORDER)
-    tl.store((metadata + byte).to(tl.pointer_type(tl.int32)), words)
+    byte, _ = nibble_address(16 * m16 + m1, 8 * c8 + second * word, 64, 64, ORDER)
+    tl.store((_tile_of(metadata, m0, c0, rows, cols, ORDER) + byte).to(tl.pointer_type(tl.int32)), words)
 
 
 @triton.jit
 def store_values(packed, values, m0, v0, cols, R: tl.constexpr, V: tl.constexpr):
     """Write kept values [R, V] of rows m0.. at value columns v0.. of the packed form of a matrix of `cols` columns."""
-    m = (m0 + tl.arange(0, R)).to(tl.int64)
-    at = packed + m[:, None] * (cols // 2) + (v0 + tl.arange(0, V))[None, :]
+    half = tl.cast(cols // 2, tl.int64)
+    at = packed + (m0 * half + v0) + (tl.arange(0, R)[:, None] * half + tl.arange(0, V)[None, :])
     tl.store(at, values)
 
 

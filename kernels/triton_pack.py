@@ -30,8 +30,6 @@ from .triton_common import (
     store_values,
 )
 
-_SATURATE = tl.constexpr(2.0**123)  # reference.SATURATE
-
 
 @triton.jit
 def _load_lanes(at):
@@ -65,88 +63,119 @@ def _words(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _low(word, dtype: tl.constexpr):
-    """The first value of a word, fp32."""
+def _magnitudes(x):
+    """Of four values, fp32."""
+    return (
+        tl.abs(x[0].to(tl.float32)),
+        tl.abs(x[1].to(tl.float32)),
+        tl.abs(x[2].to(tl.float32)),
+        tl.abs(x[3].to(tl.float32)),
+    )
+
+
+@triton.jit
+def _magnitudes_of_word(word, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
-        x = (word << 16).to(tl.float32, bitcast=True)
+        low = ((word << 16) & 0x7FFF0000).to(tl.float32, bitcast=True)
+        high = (word & 0x7FFF0000).to(tl.float32, bitcast=True)
     else:
-        x = (word & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        low = (word & 0x7FFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        high = ((word >> 16) & 0x7FFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _magnitudes_of_words(words, dtype: tl.constexpr):
+    """Of the four values in two words, fp32."""
+    a, b = _magnitudes_of_word(words[0], dtype), _magnitudes_of_word(words[1], dtype)
+    return a[0], a[1], b[0], b[1]
+
+
+@triton.jit
+def _count_bits(x):
+    if INTERPRETED:
+        x = (x & 0x5555) + ((x >> 1) & 0x5555)
+        x = (x & 0x3333) + ((x >> 2) & 0x3333)
+        x = (x & 0x0F0F) + ((x >> 4) & 0x0F0F)
+        x = (x & 0xFF) + (x >> 8)
+    else:
+        x = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
     return x
 
 
 @triton.jit
-def _high(word, dtype: tl.constexpr):
-    """The second value of a word, fp32."""
-    if dtype == tl.bfloat16:
-        x = (word & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        x = (word >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-    return x
+def _largest(x):
+    return tl.maximum(tl.maximum(x[0], x[1]), tl.maximum(x[2], x[3]))
 
 
 @triton.jit
-def _lanes(words, dtype: tl.constexpr):
-    return _low(words[0], dtype), _high(words[0], dtype), _low(words[1], dtype), _high(words[1], dtype)
+def _key(x, scale, TAG: tl.constexpr):
+    """Twin of `reference.keys`, uint32: x * scale in steps of 2^-19, at most 1 and 0 for NaN, above nine tag bits."""
+    if INTERPRETED:
+        share = tl.where(x == x, tl.minimum(x * scale, 1.0), 0.0)
+    else:  # .sat does both
+        share = tl.inline_asm_elementwise(
+            "mul.rn.sat.f32 $0, $1, $2;",
+            "=f,f,f",
+            [x, scale],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return ((share + 16.0).to(tl.uint32, bitcast=True) << 9) + TAG  # the shift leaves only the mantissa
 
 
 @triton.jit
-def _magnitude(x):
-    return tl.minimum(tl.abs(x.to(tl.float32)), _SATURATE, propagate_nan=tl.PropagateNan.ALL)
+def _keys(x, scale, ROW: tl.constexpr):
+    """Of the four entries in row ROW of a tile."""
+    unit: tl.constexpr = (1 << 3 * ROW) & 0o777  # the last row follows from the others
+    return _key(x[0], scale, 0), _key(x[1], scale, unit), _key(x[2], scale, 2 * unit), _key(x[3], scale, 4 * unit)
 
 
 @triton.jit
-def _either(a, b):
-    """The (sum, bits) with the larger sum, a where they are equal."""
-    better = b[0] > a[0]
-    return tl.where(better, b[0], a[0]), tl.where(better, b[1], a[1])
+def _share(y, z, C: tl.constexpr, D: tl.constexpr):
+    """The better way of sharing columns C and D between rows y and z."""
+    return tl.maximum(y[C] + z[D], y[D] + z[C])
 
 
 @triton.jit
-def _both(a, b):
-    return a[0] + b[0], a[1] | b[1]
-
-
-@triton.jit
-def _share(yc, yd, zc, zd, Y: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """The better way of sharing columns C and D between rows y and z, whose bits at column 0 are Y and Z."""
-    straight, swapped = yc + zd, yd + zc
-    better = swapped > straight
-    return tl.where(better, swapped, straight), tl.where(better, Y << D | Z << C, Y << C | Z << D)
-
-
-@triton.jit
-def _shared(y0, y1, y2, y3, z0, z1, z2, z3, Y: tl.constexpr, Z: tl.constexpr):
+def _shared(y, z):
     """`_share` of each pair of columns, in the order of `layout.PAIRS`."""
     return (
-        _share(y0, y1, z0, z1, Y, Z, 0, 1),
-        _share(y0, y2, z0, z2, Y, Z, 0, 2),
-        _share(y0, y3, z0, z3, Y, Z, 0, 3),
-        _share(y1, y2, z1, z2, Y, Z, 1, 2),
-        _share(y1, y3, z1, z3, Y, Z, 1, 3),
-        _share(y2, y3, z2, z3, Y, Z, 2, 3),
+        _share(y, z, 0, 1),
+        _share(y, z, 0, 2),
+        _share(y, z, 0, 3),
+        _share(y, z, 1, 2),
+        _share(y, z, 1, 3),
+        _share(y, z, 2, 3),
     )
 
 
 @triton.jit
 def _all_four(ways):
-    return _either(_both(ways[0], ways[5]), _both(ways[1], ways[4]))
+    return tl.maximum(ways[0] + ways[5], ways[1] + ways[4])
 
 
 @triton.jit
-def _best_mask(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3):
-    """Twin of `reference.best_mask` of the rows a, b, c, d: int32, bit 4 * row + column set where it is kept."""
-    a0, a1, a2, a3 = _magnitude(a0), _magnitude(a1), _magnitude(a2), _magnitude(a3)
-    b0, b1, b2, b3 = _magnitude(b0), _magnitude(b1), _magnitude(b2), _magnitude(b3)
-    c0, c1, c2, c3 = _magnitude(c0), _magnitude(c1), _magnitude(c2), _magnitude(c3)
-    d0, d1, d2, d3 = _magnitude(d0), _magnitude(d1), _magnitude(d2), _magnitude(d3)
-    top = _shared(a0, a1, a2, a3, b0, b1, b2, b3, 0x1, 0x10)
-    bottom = _shared(c0, c1, c2, c3, d0, d1, d2, d3, 0x100, 0x1000)
-    a0, a1, a2, a3, c0, c1, c2, c3 = a0 + b0, a1 + b1, a2 + b2, a3 + b3, c0 + d0, c1 + d1, c2 + d2, c3 + d3
-    pairs = _shared(a0, a1, a2, a3, c0, c1, c2, c3, 0x11, 0x1100)
-    best = _either(_both(_all_four(top), _all_four(bottom)), _all_four(pairs))
+def _both(y, z):
+    return y[0] + z[0], y[1] + z[1], y[2] + z[2], y[3] + z[3]
+
+
+@triton.jit
+def _best_mask(x0, x1, x2, x3):
+    """Twin of `reference.best_mask` of the magnitudes in four lines: int32, bit 4 * row + column of what is kept."""
+    largest = tl.maximum(tl.maximum(_largest(x0), _largest(x1)), tl.maximum(_largest(x2), _largest(x3)))
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    scale = (0x7E800000 - tl.minimum(exponent, 0x7E000000)).to(tl.float32, bitcast=True)
+    a, b, c, d = _keys(x0, scale, 0), _keys(x1, scale, 1), _keys(x2, scale, 2), _keys(x3, scale, 3)
+    top, bottom, pairs = _shared(a, b), _shared(c, d), _shared(_both(a, b), _both(c, d))
+    best = tl.maximum(_all_four(top) + _all_four(bottom), _all_four(pairs))
     for p in tl.static_range(6):
-        best = _either(best, _both(_both(top[p], bottom[p]), pairs[5 - p]))
-    return best[1]
+        best = tl.maximum(best, top[p] + bottom[p] + pairs[5 - p])
+    # Bits of columns 1 to 3 in rows 0 to 2; an even number is kept in each column, and in each row.
+    lines = (best & 0o7) | (best & 0o70) << 1 | (best & 0o700) << 2
+    lines |= ((lines ^ (lines >> 4) ^ (lines >> 8)) & 7) << 12
+    return lines << 1 | ((lines ^ (lines >> 1) ^ (lines >> 2)) & 0x1111)
 
 
 @triton.jit
@@ -168,9 +197,9 @@ def _beside(mask, x):
 
 @triton.jit
 def _add_words(a, b, dtype: tl.constexpr):
-    """The sums of two words' values, each rounded to dtype."""
+    """A word that is not finite where a or b is not: the sums of their values."""
     if INTERPRETED:
-        result = _word((_low(a, dtype) + _low(b, dtype)).to(dtype), (_high(a, dtype) + _high(b, dtype)).to(dtype))
+        result = tl.where(_exponent_is_full(a, dtype) != 0, a, b)
     elif dtype == tl.bfloat16:  # fma.rn.bf16x2 by 1: an addition would need sm_90
         result = tl.inline_asm_elementwise(
             "{.reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2;}",
@@ -188,12 +217,18 @@ def _add_words(a, b, dtype: tl.constexpr):
 
 
 @triton.jit
+def _exponent_is_full(word, dtype: tl.constexpr):
+    """Not zero where one of the two values is infinite or NaN."""
+    lowest: tl.constexpr = 0x00800080 if dtype == tl.bfloat16 else 0x04000400  # bits of the exponents
+    return ((word & 0x7FFF7FFF) + lowest) & 0x80008000
+
+
+@triton.jit
 def _not_finite(x0, x1, x2, x3, dtype: tl.constexpr):
     """Not zero where one of the values in four lines of words is NaN; also for some infinite or huge ones."""
     low = _add_words(_add_words(x0[0], x1[0], dtype), _add_words(x2[0], x3[0], dtype), dtype)
     high = _add_words(_add_words(x0[1], x1[1], dtype), _add_words(x2[1], x3[1], dtype), dtype)
-    least: tl.constexpr = 0x00800080 if dtype == tl.bfloat16 else 0x04000400  # the lowest bit of each exponent
-    return ((_add_words(low, high, dtype) & 0x7FFF7FFF) + least) & 0x80008000
+    return _exponent_is_full(_add_words(low, high, dtype), dtype)
 
 
 @triton.jit
@@ -340,25 +375,22 @@ def pack_weights_kernel(
             words += r.to(tl.int64)[:, None] * (stride_r // 4)
             y0, y1 = _load_words(words), _load_words(words + stride_r // 4)
             y2, y3 = _load_words(words + stride_r // 2), _load_words(words + stride_r // 2 + stride_r // 4)
-            x0, x1, x2, x3 = _lanes(y0, DTYPE), _lanes(y1, DTYPE), _lanes(y2, DTYPE), _lanes(y3, DTYPE)
         else:
             at = w + r.to(tl.int64)[:, None] * stride_r + (c0 + tl.arange(0, T)).to(tl.int64)[None, :] * stride_c
             x0, x1 = _load_lanes(at), _load_lanes(at + stride_r)
             x2, x3 = _load_lanes(at + stride_r + stride_r), _load_lanes(at + stride_r + stride_r + stride_r)
             if DTYPE.primitive_bitwidth == 16:
                 y0, y1, y2, y3 = _words(x0, DTYPE), _words(x1, DTYPE), _words(x2, DTYPE), _words(x3, DTYPE)
-        mask = load_tile_masks(metadata, row + r, (col + c0) // 4, rows, cols, ORDER, G)
+        mask = load_tile_masks(metadata, row + r0, (col + c0) // 4, rows, cols, ORDER, G)
         if SEARCH:
             old = mask
-            if INTERPRETED:  # noqa: SIM108
-                mask = _best_mask(*x0, *x1, *x2, *x3)
-            else:  # tile by tile: of several at once, the conditions would not fit into the predicate registers
-                mask = tl.map_elementwise(_best_mask, *x0, *x1, *x2, *x3)
-            bits = mask ^ old
-            bits = (bits & 0x5555) + ((bits >> 1) & 0x5555)
-            bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
-            bits = (bits & 0x0F0F) + ((bits >> 4) & 0x0F0F)
-            flips += (bits & 0xFF) + (bits >> 8)
+            if BY_WORD:
+                x0, x1 = _magnitudes_of_words(y0, DTYPE), _magnitudes_of_words(y1, DTYPE)
+                x2, x3 = _magnitudes_of_words(y2, DTYPE), _magnitudes_of_words(y3, DTYPE)
+                mask = _best_mask(x0, x1, x2, x3)
+            else:
+                mask = _best_mask(_magnitudes(x0), _magnitudes(x1), _magnitudes(x2), _magnitudes(x3))
+            flips += _count_bits(mask ^ old)
             tl.debug_barrier()  # every thread has read the old metadata before any thread writes the new
         if DTYPE.primitive_bitwidth == 16:
             mask = _beside(mask, y0[0])
