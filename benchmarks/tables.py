@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "kernels.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("results", "kernels", "export"))]
 BLOCK = re.compile(r"(<!-- made by benchmarks/tables\.py(?:: (\w+))? -->\n).*?(<!-- end -->\n)", re.DOTALL)
 NAMES = {
     "llama3-8b-width": "Llama-3-8B width, 4 layers, 8 x 2048 tokens",
@@ -171,6 +171,47 @@ def matmuls(folder: Path) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
+def ffn(folder: Path) -> str:
+    """Forward and backward of one feed-forward layer over its width."""
+    saved = _saved(folder / "ffn.json")
+    if saved is None:
+        return "No saved results yet: `python benchmarks/ffn.py` on a GPU writes them.\n"
+    cells = []
+    for row in saved["rows"]:
+        times = [f"{row['ms'][way]['p50']:.2f}" for way in ("dense", "sparse")]
+        cells.append([str(row["d"]), row["kind"], *times, f"{row['ratio']:.2f}", f"{row['bound_ms']:.2f}"])
+    header = "d | kind | dense, ms | sparse24, ms | speed-up | bound, ms"
+    return markdown(header, cells) + made_by(saved["environment"])
+
+
+def inference(folder: Path) -> str:
+    """A pruned block's forward over the number of tokens: time and memory of each way to run it."""
+    saved = _saved(folder / "inference.json")
+    if saved is None:
+        return "No saved results yet: `python benchmarks/inference.py` on a GPU writes them.\n"
+    cells = []
+    for row in saved["rows"]:
+        for name, ms in row["ms"].items():
+            cells.append([str(row["tokens"]), name, f"{ms['p50']:.3f}", f"{row['ratios'][name]:.2f}"])
+            cells[-1] += [f"{row[of][name]:.0f}" for of in ("weights_mib", "peak_mib_above_weights")]
+    header = "tokens | with | ms | over dense | weights, MiB | peak above, MiB"
+    return markdown(header, cells) + made_by(saved["environment"])
+
+
+def families(folder: Path) -> str:
+    """One step of each model family at a real width."""
+    saved = _saved(folder / "models.json")
+    if saved is None:
+        return "No saved results yet: `python benchmarks/models.py` on a GPU writes them.\n"
+    cells = []
+    for row in (row for row in saved["rows"] if "error" not in row):
+        times = [f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms", f"{row['ratio']:.2f}"]
+        cells.append([row["model"], f"{row['parameters'] / 1e6:.0f}M", str(row["sparse_weights"]), *times])
+        cells[-1].append(f"{row['relative_loss_difference']:.0e}")
+    header = "family | parameters | sparse weights | dense | sparse24 | speed-up | first loss differs by"
+    return markdown(header, cells) + made_by(saved["environment"])
+
+
 def _saved(path: Path) -> Row | None:
     found: Row | None = json.loads(path.read_text()) if path.exists() else None
     return found
@@ -183,6 +224,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loss": loss,
     "kernels": kernels,
     "matmuls": matmuls,
+    "ffn": ffn,
+    "inference": inference,
+    "families": families,
 }
 
 

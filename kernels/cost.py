@@ -26,14 +26,14 @@ class Gpu:
     packing: float
 
 
-#: Measured on an H200 at its 700 W limit, after two seconds of load, with torch 2.11, cuSPARSELt 0.8.0 and bf16. Of
-#: matmuls with a 14336x4096 weight and 16k to 32k tokens: dense 647 to 669 TFLOP/s, cuSPARSELt's best algorithm 992 to
-#: 1048. A copy of 16384x8192: 0.130 ms. Packing both forms of 14336x4096: 0.100 ms; pruning and packing a gradient of
-#: 16384x8192: 0.184 ms.
-GPUS = {"H200": Gpu("H200", dense=658, sparse=1020, memory=4.1, packing=2.4)}
+#: Measured on an H200 at its 700 W limit, after two seconds of load, with torch 2.11, cuSPARSELt 0.8.0 and bf16
+#: (benchmarks/results/h200/gemm.json, pack.json). Of matmuls with a 14336x4096 weight and 16k tokens: dense 631 to 691
+#: TFLOP/s, cuSPARSELt's best algorithm 979 to 1051. Packing both forms of 14336x4096 with the mask kept: 3.3 TB/s;
+#: pruning and packing a gradient of 16384x8192: 3.0, with the activation's backward 3.6.
+GPUS = {"H200": Gpu("H200", dense=658, sparse=1015, memory=4.1, packing=3.2)}
 
-#: Layers narrower than this do not reach these rates: at 768x3072 a sparse matmul took 0.83 to 0.94 of the dense time,
-#: at 2048x8192 0.60 to 0.62.
+#: Layers narrower than this do not reach these rates: at 768x3072 a sparse matmul took 0.84 to 0.93 of the dense time,
+#: at 2048x8192 0.65 to 0.71.
 LARGE = 2048
 
 

@@ -22,7 +22,7 @@ def run(script, *args):
     return done.stdout
 
 
-PAGES = ["README.md", "docs/results.md", "docs/kernels.md"]
+PAGES = ["README.md", "docs/results.md", "docs/kernels.md", "docs/export.md"]
 
 
 def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path):
@@ -54,6 +54,27 @@ def test_tables_of_kernels_and_matmuls_hold_every_row(tmp_path):
     rows = json.loads((tmp_path / "gemm.json").read_text())["rows"]
     text = tables.TABLES["matmuls"](tmp_path)
     assert all(f"| {row['matmul']} | {row['with']}" in text and f"{row['ms']['p50']:.4f}" in text for row in rows)
+
+
+@pytest.mark.parametrize("name", ["ffn", "inference"])
+def test_a_table_holds_every_row_of_its_script(tmp_path, name):
+    assert "No saved results yet" in tables.TABLES[name](tmp_path)
+    run(f"{name}.py", "--tiny", "--out", tmp_path / f"{name}.json")
+    rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    lines = tables.TABLES[name](tmp_path).splitlines()
+    assert sum(line.startswith("| ") for line in lines) == 1 + sum(
+        len(row["ms"]) if name == "inference" else 1 for row in rows
+    )
+
+
+def test_the_table_of_families_leaves_out_what_failed(tmp_path):
+    assert "No saved results yet" in tables.TABLES["families"](tmp_path)
+    environment = {"gpu": "GPU", "torch": "2", "triton": "3", "cusparselt": "", "date": "today", "command": "python x"}
+    row = {"model": "gpt2", "parameters": 2e6, "sparse_weights": 4, "dense_ms": 3.0, "sparse_ms": 2.0, "ratio": 1.5}
+    rows = [row | {"relative_loss_difference": 2e-4}, {"model": "bert", "error": "out of memory"}]
+    (tmp_path / "models.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    text = tables.TABLES["families"](tmp_path)
+    assert "| gpt2 | 2M | 4 | 3.0 ms | 2.0 ms | 1.50 | 2e-04 |" in text and "bert" not in text
 
 
 def test_a_profile_is_counted_whole():
