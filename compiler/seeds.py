@@ -1,6 +1,7 @@
 """The seed rule of the random draws: the same run draws the same, and no two layers, steps or ranks share a stream."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -34,3 +35,10 @@ def seeds_on(seeds: Sequence[int], device: torch.device) -> Tensor:
     """int64 [n] on `device`, without waiting for it."""
     host = torch.tensor(seeds, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training
+def no_seeds(n: int, device: torch.device) -> Tensor:
+    """int64 [n] on `device` where nothing is drawn: zeros, made once."""
+    return torch.zeros(n, dtype=torch.int64, device=device)
