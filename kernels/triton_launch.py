@@ -27,7 +27,8 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
         known = _compiled.get(key)
         if known is not None:
             compiled, last = known
-            compiled[(*grid, 1, 1)](*args, *last)
+            three = (*grid, 1, 1)
+            compiled[three](*args, *last)
             return
         compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)
     if compiled is not None:  # None: the interpreter compiles nothing
