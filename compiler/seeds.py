@@ -19,15 +19,22 @@ def _mix(h: int) -> int:
     return h ^ (h >> 31)
 
 
+def _take(h: int, part: int) -> int:
+    return _mix((h + (part & _MASK) * 0x9E3779B97F4A7C15 + 1) & _MASK)
+
+
+@lru_cache(maxsize=16)  # all weights of a forward ask for the same
+def _of_micro_step(seed: int, step: int, calls: int) -> int:
+    return _take(_take(_take(0x9E3779B97F4A7C15, seed), step), calls)
+
+
 def draw_seed(weight: SparseWeight) -> int:
     """A signed 64-bit seed: a function of (run seed, optimizer step, micro-step, layer, rank) and nothing else.
 
     It is apart from torch's generators, so dropout draws the same numbers with and without this backend.
     """
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    h = 0x9E3779B97F4A7C15
-    for part in (weight.recipe.seed, weight.step, weight.calls, weight.layer, rank):
-        h = _mix((h + (part & _MASK) * 0x9E3779B97F4A7C15 + 1) & _MASK)
+    h = _take(_take(_of_micro_step(weight.recipe.seed, weight.step, weight.calls), weight.layer), rank)
     return h - (1 << 64) if h >> 63 else h
 
 
