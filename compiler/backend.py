@@ -299,8 +299,7 @@ class Variant:
         tensors: list[Tensor] = []
         for (group, _), together in zip(self.groups, members, strict=True):
             for weight in together:
-                if not weight.pruned:  # `inference.attach` has looked
-                    weight.follow()
+                weight.follow()
             if self.forward_only:
                 tensors += inference.operand_of(together, group.dtype, group.transposed).forward_inputs
             else:

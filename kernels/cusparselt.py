@@ -158,7 +158,7 @@ class Plan:
         pointer = ctypes.c_void_p
         # bound to a name: freed before the call, its memory could be another stream's
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=d.device) if self.workspace else None
-        # as Inductor and Triton ask for it: torch.cuda.current_stream makes an object, for as long as the call takes
+        # private, but what Inductor's and Triton's launches ask: torch.cuda.current_stream builds an object each time
         self._stream.value = torch._C._cuda_getCurrentRawStream(d.get_device())
         out = pointer(d.data_ptr())
         status = self._matmul(
