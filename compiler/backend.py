@@ -36,7 +36,7 @@ from . import (
 )
 from .errors import BackendError, SkippedError
 from .recipe import Recipe
-from .seeds import draw_seed, seeds_on
+from .seeds import draw_seed, no_seeds, seeds_on
 from .trace import Trace
 from .weights import SparseWeight
 
@@ -315,13 +315,15 @@ class Variant:
             return self.compiled(*args)
         members = self._members(known)
         operands = self._operands(members)
-        seeds = [0] * len(members)
+        device = operands[0].device
         if self.draws and torch.is_grad_enabled():
-            seeds = [draw_seed(together[0]) for together in members]
+            seeds = seeds_on([draw_seed(together[0]) for together in members], device)
             for together in members:
                 for weight in together:
                     weight.calls += 1
-        return self.compiled(*args, seeds_on(seeds, operands[0].device), *operands)
+        else:
+            seeds = no_seeds(len(members), device)
+        return self.compiled(*args, seeds, *operands)
 
     def examples(self, known: list[SparseWeight], static: bool) -> list[Any]:
         """Operands to compile with; fake ones of static shape where Dynamo traces and a compiler looks at shapes."""

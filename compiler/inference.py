@@ -85,20 +85,32 @@ class Rows:
     def forward_inputs(self) -> tuple[Tensor, Tensor]:
         return self.inputs
 
+    @property
+    def up_to_date(self) -> bool:
+        return self._packed_from == [stamp(w.param) for w in self.weights]
+
     def follow(self) -> None:
         """Pack where the weights changed since, into the same memory: CUDA graphs know its address."""
-        now = [stamp(w.param) for w in self.weights]
-        if self._packed_from != now:
+        if not self.up_to_date:
             dense = torch.cat([rows_of(w.masked(), self.transposed) for w in self.weights])
             mask = torch.cat([rows_of(w.mask(), self.transposed) for w in self.weights])
             self.packed.copy_(layout.pack(dense.to(self.dtype), mask, layout.metadata_order(dense.device)))
-            self._packed_from = now
+            self._packed_from = [stamp(w.param) for w in self.weights]
+
+
+def operand_of(members: tuple[SparseWeight, ...], dtype: torch.dtype, transposed: bool) -> Any:
+    """The operand of these weights, pruned ones or ones in training, for a forward without a backward; up to date."""
+    found = members[0].operands.get((dtype, transposed, *[w.layer for w in members]))
+    alike = all(w.pruned == members[0].pruned for w in members)
+    if found is not None and alike and (not members[0].pruned or found.up_to_date):
+        return found
+    return _make_operand(members, dtype, transposed)
 
 
 @torch.inference_mode(False)  # a tensor made in inference mode could not be written again outside of it
 @torch.no_grad()
-def operand_of(members: tuple[SparseWeight, ...], dtype: torch.dtype, transposed: bool) -> Any:
-    """The operand of these weights, pruned ones or ones in training, for a forward without a backward; up to date."""
+def _make_operand(members: tuple[SparseWeight, ...], dtype: torch.dtype, transposed: bool) -> Any:
+    """Make the operand, or bring it up to date."""
     holder = next((w for w in members if w.pruned), None)
     if holder is None:
         return weights.operand_of(members, dtype, transposed)

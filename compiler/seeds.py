@@ -1,6 +1,7 @@
 """The seed rule of the random draws: the same run draws the same, and no two layers, steps or ranks share a stream."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -18,15 +19,22 @@ def _mix(h: int) -> int:
     return h ^ (h >> 31)
 
 
+def _take(h: int, part: int) -> int:
+    return _mix((h + (part & _MASK) * 0x9E3779B97F4A7C15 + 1) & _MASK)
+
+
+@lru_cache(maxsize=16)  # all weights of a forward ask for the same
+def _of_micro_step(seed: int, step: int, calls: int) -> int:
+    return _take(_take(_take(0x9E3779B97F4A7C15, seed), step), calls)
+
+
 def draw_seed(weight: SparseWeight) -> int:
     """A signed 64-bit seed: a function of (run seed, optimizer step, micro-step, layer, rank) and nothing else.
 
     It is apart from torch's generators, so dropout draws the same numbers with and without this backend.
     """
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    h = 0x9E3779B97F4A7C15
-    for part in (weight.recipe.seed, weight.step, weight.calls, weight.layer, rank):
-        h = _mix((h + (part & _MASK) * 0x9E3779B97F4A7C15 + 1) & _MASK)
+    h = _take(_take(_of_micro_step(weight.recipe.seed, weight.step, weight.calls), weight.layer), rank)
     return h - (1 << 64) if h >> 63 else h
 
 
@@ -34,3 +42,10 @@ def seeds_on(seeds: Sequence[int], device: torch.device) -> Tensor:
     """int64 [n] on `device`, without waiting for it."""
     host = torch.tensor(seeds, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training
+def no_seeds(n: int, device: torch.device) -> Tensor:
+    """int64 [n] on `device` where nothing is drawn: zeros, made once."""
+    return torch.zeros(n, dtype=torch.int64, device=device)

@@ -463,6 +463,8 @@ def expect(param: Tensor, state: dict[str, Any]) -> None:
 
 def waiting(param: Tensor) -> dict[str, Any]:
     """The state that waits for a parameter; empty where none does."""
+    if not _pending:
+        return {}
     state: dict[str, Any] = _pending.get(_held(param), {})
     return state
 

@@ -2,9 +2,10 @@
 
 Letters: T tokens, K in_features, F features of an output, rows x cols a packed matrix. Dtypes are fp32, bf16 or fp16;
 packed buffers have the dtype of what they multiply (form: `layout`). CPU tensors run `reference`; CUDA tensors run the
-Triton kernels, and the matmuls the provider that `choice` takes. No op here has an autograd formula of its own except
-`glu`: `linear` puts them together into differentiable functions. `pack_weights_` and `masked_decay_`, which no graph
-holds, are plain functions on all weights of an optimizer step at once.
+Triton kernels, and the matmuls the provider that `choice` takes. No op here has an autograd formula of its own (one
+costs each call of the op a detour through Python): `linear` puts them together into differentiable functions.
+`pack_weights_` and `masked_decay_`, which no graph holds, are plain functions on all weights of an optimizer step at
+once.
 """
 
 from collections.abc import Sequence
@@ -177,17 +178,3 @@ def _(
     tokens, width = gate_up.shape
     packed = gate_up.new_empty(layout.numel(width, padded(tokens), gate_up.dtype))
     return gate_up.new_empty(gate_up.shape), packed, _fake_sums(gate_up, bias)
-
-
-def _glu_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    gate_up, bias, ctx.kind = inputs
-    ctx.save_for_backward(gate_up, bias)
-
-
-def _glu_autograd(ctx, dh):  # type: ignore[no-untyped-def]
-    gate_up, bias = ctx.saved_tensors
-    d, sums = glu_backward(dh, gate_up, bias, ctx.kind)
-    return d, sums.to(bias.dtype) if bias is not None else None, None
-
-
-torch.library.register_autograd("sparse24::glu", _glu_autograd, setup_context=_glu_context, lib=_lib)

@@ -12,7 +12,8 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from . import layout, reference
-from .triton_common import INTERPRETED, check_dtypes, check_matrix, keys_of, launch, prune_and_store
+from .triton_common import INTERPRETED, check_dtypes, check_matrix, keys_of, prune_and_store
+from .triton_launch import launch
 
 # ----------------------------------------------------------------------------------------------------- gradient pruning
 
@@ -60,6 +61,10 @@ def pack_gradient_kernel(
 _STRIP = 4  # tiles of a program
 
 
+def _cdiv(a: int, b: int) -> int:  # triton.cdiv, made for kernels, takes a quarter of a launch on the host
+    return -(-a // b)
+
+
 def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
     """Twin of `reference.pack_gradient`, which defines it."""
     order = layout.metadata_order(dy.device)
@@ -72,9 +77,9 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
     packed = dy.new_empty(layout.numel(features, padded, dy.dtype))
     launch(
         pack_gradient_kernel,
-        (padded // layout.TILE * triton.cdiv(features // layout.TILE, _STRIP),),
+        (padded // layout.TILE * _cdiv(features // layout.TILE, _STRIP),),
         dy.device,
-        dy.detach(),
+        dy,
         packed,
         seeds,
         dy.stride(0),
@@ -295,16 +300,16 @@ def _same_rows(dh: Tensor, tokens: int, features: int) -> Tensor:
     check_dtypes(dh=dh)
     if dh.shape != (tokens, features):
         raise ValueError(f"sparse24: found dh {tuple(dh.shape)}, need ({tokens}, {features})")
-    return dh.detach().contiguous()
+    return dh.contiguous()
 
 
 def glu(gate_up: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """Twin of `reference.glu`, which defines it up to rounding."""
     tokens, features, constants = _problem(gate_up, bias, kind)
     h = gate_up.new_empty(tokens, features)
-    z = gate_up.detach().contiguous()
-    b = z if bias is None else bias.detach().contiguous()
-    grid = (triton.cdiv(tokens, _BT), triton.cdiv(features, _BF))
+    z = gate_up.contiguous()
+    b = z if bias is None else bias.contiguous()
+    grid = (_cdiv(tokens, _BT), _cdiv(features, _BF))
     launch(glu_kernel, grid, z.device, z, b, h, tokens, features, **constants, BT=_BT, BF=_BF, num_warps=4)
     return h
 
@@ -313,24 +318,25 @@ def glu_backward(dh: Tensor, gate_up: Tensor, bias: Tensor | None, kind: str) ->
     """Twin of `reference.glu_backward`, which defines it up to rounding."""
     tokens, features, constants = _problem(gate_up, bias, kind)
     dh = _same_rows(dh, tokens, features)
-    z = gate_up.detach().contiguous()
-    b = z if bias is None else bias.detach().contiguous()
-    d, sums = z.new_empty(z.shape), _sums(z, bias)
+    z = gate_up.contiguous()
+    b = z if bias is None else bias.contiguous()
+    d, sums = torch.empty_like(z), _sums(z, bias)
     strip = 1 if bias is None else layout.TILE // _BT  # the sums are over so many tokens
-    grid = (triton.cdiv(tokens, strip * _BT), triton.cdiv(features, _BF))
+    grid = (_cdiv(tokens, strip * _BT), _cdiv(features, _BF))
     constants |= {"BT": _BT, "BF": _BF, "STRIP": strip}
     launch(glu_backward_kernel, grid, z.device, dh, z, b, d, sums, tokens, features, **constants, num_warps=4)
     return d, _total(sums)
 
 
 def _sums(z: Tensor, bias: Tensor | None) -> Tensor:
-    """Where a kernel puts the sums over the tokens of a tile; nothing where there is no bias to want them."""
-    tiles = 0 if bias is None else reference.padded(z.shape[0]) // layout.TILE
-    return z.new_empty(tiles, 0 if bias is None else z.shape[1], dtype=torch.float32)
+    """Where a kernel puts the sums over the tokens of a tile; [0] where there is no bias to want them."""
+    shape = (0,) if bias is None else (reference.padded(z.shape[0]) // layout.TILE, z.shape[1])
+    return z.new_empty(shape, dtype=torch.float32)
 
 
 def _total(sums: Tensor) -> Tensor:
-    return sums.sum(0)  # in the order of the tiles: the same numbers give the same sum
+    # in the order of the tiles: the same numbers give the same sum
+    return sums.sum(0) if sums.dim() == 2 else sums
 
 
 def glu_backward_pack(
@@ -346,13 +352,13 @@ def glu_backward_pack(
         d, sums = glu_backward(dh, gate_up, bias, kind)
         return d, pack_gradient(d, seeds, index), sums
     dh = _same_rows(dh, tokens, features)
-    z = gate_up.detach().contiguous()
-    b = z if bias is None else bias.detach().contiguous()
-    d, packed = z.new_empty(z.shape), z.new_empty(layout.numel(width, padded, z.dtype))
+    z = gate_up.contiguous()
+    b = z if bias is None else bias.contiguous()
+    d, packed = torch.empty_like(z), z.new_empty(layout.numel(width, padded, z.dtype))
     sums = _sums(z, bias)
     launch(
         glu_backward_pack_kernel,
-        (padded // layout.TILE * triton.cdiv(features // layout.TILE, _STRIP // 2),),
+        (padded // layout.TILE * _cdiv(features // layout.TILE, _STRIP // 2),),
         z.device,
         dh,
         z,

@@ -1,0 +1,42 @@
+"""Launching a Triton kernel in little host time: one that was launched alike before is run as it was compiled.
+
+Triton finds the compiled kernel anew at every call, from the types and values of all arguments, options and globals.
+That takes longer than most of these kernels run at small widths.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import layout
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # with what it takes behind the arguments
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
+    """Run `kernel` on `device` (Triton itself launches on the current one); an empty grid is no launch.
+
+    args: tensors and numbers, all arguments of the kernel that are not constexpr. constants: the constexpr ones, and
+    Triton's options.
+    """
+    if 0 in grid:
+        return
+    key = (kernel.fn, device, *[_kind(arg) for arg in args], *constants.items())
+    with layout.on(device):
+        known = _compiled.get(key)
+        if known is not None:
+            compiled, last = known
+            three = (*grid, 1, 1)
+            compiled[three](*args, *last)
+            return
+        compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)
+    if compiled is not None:  # None: the interpreter compiles nothing
+        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+
+
+def _kind(arg: Any) -> object:
+    """What Triton compiles a kernel anew for: dtypes, aligned addresses and multiples of 16, a 1, and wide integers."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    return type(arg), arg % 16 == 0, arg == 1, -(2**31) <= arg < 2**31
