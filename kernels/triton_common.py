@@ -1,10 +1,8 @@
-"""What the Triton kernels share: the nibble addresses, the pruning of a gradient and its uniforms, the launch.
+"""What the Triton kernels share: the nibble addresses, the pruning of a gradient and its uniforms.
 
 Every kernel is launched without FMA contraction: where something is decided (which mask, which lane) the order and the
 rounding of each operation are those of `reference`, bit by bit.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -240,14 +238,6 @@ def prune_and_store(
     store_values(packed, tl.reshape(values, [BF, BT // 2]), f0, t0 // 2, tokens, BF, BT // 2)
     metadata = metadata_of(packed, features, tokens)
     store_nibbles(metadata, tl.trans(nibbles), f0, t0 // 4, features, tokens, ORDER, BF, G)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
-    """Run `kernel` on `device` (Triton itself launches on the current one); an empty grid is no launch."""
-    if 0 in grid:
-        return
-    with layout.on(device):
-        kernel[grid](*args, **constants, enable_fp_fusion=False)
 
 
 def check_dtypes(**tensors: Tensor | None) -> None:

@@ -21,7 +21,6 @@ from .triton_common import (
     check_dtypes,
     check_matrix,
     check_packed,
-    launch,
     load_kept,
     load_tile_masks,
     metadata_of,
@@ -29,6 +28,7 @@ from .triton_common import (
     store_tile_nibbles,
     store_values,
 )
+from .triton_launch import launch
 
 
 @triton.jit
