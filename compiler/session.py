@@ -85,14 +85,14 @@ class Session:
         return numbers
 
     def memory(self) -> dict[str, int]:
-        """Bytes by kind: dense masters of the sparse layers, their packed forms (W and W^T; with recipe "s-ste" S(W),
+        """Bytes on this rank by kind: dense masters of the sparse layers, their packed forms (W and W^T; with recipe "s-ste" S(W),
         packed and dense), masks kept without them.
         """
         known = list(self._sparse())
         operands = {id(o): o for w in known for o in w.operands.values()}.values()
         kept = [mask for w in known for mask in (w._last_mask, w._counted) if mask is not None]
         return {
-            "masters": sum((w.param if w.shard is None else w.shard.local).nbytes for w in known),
+            "masters": sum((w.held if w.shard is None else w.shard.local).nbytes for w in known),
             "packed": sum(o.inputs[0].nbytes for o in operands),
             "packed_t": sum(o.inputs[1].nbytes for o in operands),
             "masks": sum(m.nbytes for m in kept),
