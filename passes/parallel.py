@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import graph as g
@@ -109,8 +109,9 @@ def _localize(node: Node, args: g.LinearArgs, same: dict[Any, Node]) -> None:
         return
     graph = node.graph
     local_x = _local_x(_first(args.x, same), x, grads, same)
-    with graph.inserting_before(node):
+    with graph.inserting_before(_after_inputs(graph) if args.weight.op == "placeholder" else node):
         local_w = graph.call_function(to_local, (args.weight, w, w))
+    with graph.inserting_before(node):
         parts = [local_x, local_w]
         if args.bias is not None:
             parts.append(graph.call_function(to_local, (args.bias, bias, bias_grads)))
@@ -122,6 +123,11 @@ def _localize(node: Node, args: g.LinearArgs, same: dict[Any, Node]) -> None:
     node.replace_all_uses_with(wrapped)
     graph.erase_node(node)
     _unwrap(wrapped, wrapped, local_y, y)
+
+
+def _after_inputs(graph: Graph) -> Node:
+    """Where a weight is unwrapped: linears that become one matmul stand where the first of them stood."""
+    return next(n for n in graph.nodes if n.op != "placeholder")
 
 
 def _rule(x: int | str, w: int | str, y: int | str, last: int) -> tuple[int | str, int | str, int | str] | None:
