@@ -3,6 +3,15 @@
     torchrun --nproc_per_node N train.py FOLDER SCENARIO,SCENARIO,...
 
 Of a scenario FOLDER gets SCENARIO-RANK.pt. One launch for several: importing torch takes longer than they do.
+A scenario is how the model is spread over the ranks (in each, blocks are compiled one by one but where said):
+
+    alone         one process, compiled as a whole
+    ddp           DistributedDataParallel; ddp_outside: compiled as a whole; ddp_split: as Dynamo does by default
+    fsdp          fully_shard; fsdp_kept: nothing resharded after the forward; fsdp_bf16: mixed precision
+    hsdp          fully_shard on a mesh of two replicas of two shards
+    tp            ColwiseParallel and RowwiseParallel; ddp_tp, fsdp_tp: with two data-parallel ranks beside
+
+and, behind a +, what else: `scenario` reads best.
 """
 
 import sys
@@ -26,21 +35,6 @@ from sparse24.compiler.errors import RankError
 from sparse24.compiler.seeds import draw_seed
 
 STEPS, LONG, SAVED, BATCH, D, FF = 10, 100, 5, 8, 256, 512  # D: 64 rows on each of 4 ranks
-
-#: Of how a model is spread: compiled block by block and DDP around it; compiled with DDP inside; ...
-SPREAD = {
-    "ddp": "DDP over compiled blocks",
-    "ddp_outside": "DDP, compiled as a whole",
-    "ddp_split": "the same, its graph split by Dynamo as it is by default",
-    "fsdp": "fully_shard",
-    "fsdp_kept": "fully_shard, nothing resharded after the forward",
-    "fsdp_bf16": "fully_shard with mixed precision",
-    "hsdp": "fully_shard on a mesh of replicas and shards",
-    "tp": "ColwiseParallel and RowwiseParallel",
-    "tp_sequence": "the same, with outputs scattered along the sequence",
-    "ddp_tp": "the same in two replicas",
-    "fsdp_tp": "the same with fully_shard over the data-parallel ranks",
-}
 
 
 class Llama(nn.Module):
