@@ -75,7 +75,10 @@ def find_linears(
                     continue  # a piece of a parameter: `_hidden` lists the parameter, once
                 reason = reason or "its weight is computed, not a parameter"
             else:
-                reason = reason or _unplaced(args) or _unfit(linear, uses[weight]) or ineligible(weight.name)
+                unfit = _unplaced(args) or _unfit(linear, uses[weight])
+                if unfit and whole(args.weight) is not args.weight:
+                    unfit += " on each rank"
+                reason = reason or unfit or ineligible(weight.name)
             found.append(replace(linear, reason=reason, wanted=wanted))
         found += _hidden(region, roles, {linear.weight for linear in found}, layers, skip)
     return found

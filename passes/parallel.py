@@ -186,7 +186,7 @@ def _local_x(x: Node, placed: Placed, grads: Placed, same: dict[Any, Node]) -> N
         return source
     key = ("to_local", x, grads)
     if key not in same:
-        with x.graph.inserting_after(x):
+        with x.graph.inserting_before(_after_inputs(x.graph) if x.op == "placeholder" else x.next):
             same[key] = x.graph.call_function(to_local, (x, placed, grads))
         same[key].meta["example_value"] = value._local_tensor  # type: ignore[union-attr]
     return same[key]
