@@ -60,8 +60,8 @@ def sparse24(
     """Compile one Dynamo graph with 2:4 sparse linears.
 
     options: the fields of `Recipe`. mode: one of Inductor's ("reduce-overhead", "max-autotune", ...). name is not used.
-    Raises OptionError (a ValueError) on a bad option, RankError where another rank has other options, SkippedError under
-    strict=True; anything that cannot be made sparse stays dense and is reported.
+    Raises OptionError (a ValueError) on a bad option, RankError where another rank has other options, SkippedError
+    under strict=True; anything that cannot be made sparse stays dense and is reported.
     """
     recipe = Recipe.from_options(options)
     check_recipe(recipe)

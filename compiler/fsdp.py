@@ -20,9 +20,8 @@ except ImportError:  # a build of torch without torch.distributed
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """param: the DTensor that the optimizer holds. dim: which dimension FSDP shards. rows: of what a forward gathers (of
-    a tensor-parallel weight this rank's part). rank, ranks: of those that share it out; the other dimensions of the mesh
-    repeat it.
+    """param: the DTensor that the optimizer holds. dim: which dimension FSDP shards. rows: of what a forward gathers,
+    of a tensor-parallel weight this rank's part. rank, ranks: of those that share it out.
     """
 
     param: Any

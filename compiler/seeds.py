@@ -32,7 +32,7 @@ def _of_micro_step(seed: int, step: int, calls: int) -> int:
 def draw_seed(weight: SparseWeight) -> int:
     """A signed 64-bit seed: a function of (run seed, optimizer step, micro-step, layer, data-parallel rank) alone.
 
-    Ranks that hold one weight together (tensor parallelism) count as one: a gradient that they all hold is pruned alike.
+    Ranks that hold one weight together (tensor parallelism) count as one: a gradient that all have is pruned alike.
     It is apart from torch's generators, so dropout draws the same numbers with and without this backend.
     """
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

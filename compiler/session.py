@@ -98,8 +98,8 @@ class Session:
         return numbers
 
     def memory(self) -> dict[str, int]:
-        """Bytes on this rank by kind: dense masters of the sparse layers, their packed forms (W and W^T; with recipe "s-ste" S(W),
-        packed and dense), masks kept without them.
+        """Bytes on this rank by kind: dense masters of the sparse layers, their packed forms (W and W^T; with recipe
+        "s-ste" S(W), packed and dense), masks kept without them.
         """
         known = list(self._sparse())
         operands = {id(o): o for w in known for o in w.operands.values()}.values()

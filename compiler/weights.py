@@ -276,7 +276,6 @@ class SparseWeight:
         elif not self.sparse or self.soft:
             self._keep_mask()
 
-
     @property
     def _parts(self) -> int:
         """How many parts as large as this rank's make the parameter."""

@@ -33,14 +33,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder for checkpoints, one that all ranks see")
     p.add_argument("--steps", type=int, default=120, help="optimizer steps at which the run ends; the last sixth dense")
-    p.add_argument("--save-every", type=int, default=20, help="steps between two checkpoints, and two checks of the ranks")
+    p.add_argument("--save-every", type=int, default=20, help="steps between two checkpoints and checks of ranks")
     p.add_argument("--batch", type=int, default=8, help="sequences of one step, of all ranks together")
     p.add_argument("--width", type=int, default=256)
     p.add_argument("--ff", type=int, default=512, help="width of the feed-forward layers")
     p.add_argument("--depth", type=int, default=2)
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--refresh-every", type=int, default=40, help="steps between two searches of the masks")
-    p.add_argument("--keep", action="store_true", help="keep gathered weights until the backward: more memory, less sent")
+    p.add_argument("--keep", action="store_true", help="keep what was gathered until the backward")
     p.add_argument("--inner", default="inductor" if gpu else "aot_eager", help="inductor, aot_eager or eager")
     return p.parse_args(argv)
 
@@ -75,9 +75,7 @@ class Run:
             return
         state = self.state()
         dcp.load(state, checkpoint_id=max(done, key=lambda path: int(path.name.removeprefix("step-"))))
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.session.load_state_dict(state["session"])
         self.step = state["step"]
 

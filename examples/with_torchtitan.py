@@ -2,7 +2,7 @@
 
     PYTHONPATH=examples torchrun --nproc_per_node 8 -m torchtitan.train --module with_torchtitan --config llama3_8b
 
-Each configuration is torchtitan's own of that name, with two settings changed, and with two things that no setting does:
+Each configuration is torchtitan's own of that name with two settings changed, and two things that no setting does:
 
     parallelism.spmd_backend = "partial_dtensor"     DTensors under tensor parallelism alone
     compile.enable = True                            then the blocks are compiled by sparse24
@@ -41,7 +41,7 @@ def sparse(config: Any, **options: Any) -> Any:
     """A torchtitan configuration, with the blocks of its model compiled by sparse24; options: of sparse24.Recipe."""
     spec = config.model_spec
 
-    def parallelize(model: nn.Module, *, compile_config: Any, **others: Any) -> nn.Module:
+    def parallelize(model: Any, *, compile_config: Any, **others: Any) -> nn.Module:
         if not compile_config.enable or "model" not in compile_config.components:
             return spec.parallelize_fn(model, compile_config=compile_config, **others)
         model = spec.parallelize_fn(model, compile_config=replace(compile_config, enable=False), **others)

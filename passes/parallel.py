@@ -6,8 +6,8 @@ becomes
 
     y = from_local(linear(to_local(x), to_local(w)), ...)
 
-and what is wrapped only to be unwrapped again falls away. The passes behind it then see plain tensors of the shapes that
-this rank computes with. The graph computes the same as before; collectives stay where they were, save that projections
+and what is wrapped only to be unwrapped again falls away. The passes behind it then see plain tensors of the shapes
+that this rank computes with. The graph computes the same as before; collectives stay where they were, save that projections
 of one input share the all-reduce of its gradient.
 """
 
@@ -200,7 +200,8 @@ def _unwrap(wrapped: Node, node: Node, local: Node, placed: Placed) -> None:
         value = g.value(user)
         if g.op_name(user) == "redistribute" and is_dtensor(value) and placed_as(value) == placed:
             _unwrap(wrapped, user, local, placed)
-        elif _is_unwrap(user) and user.target is not to_local and _options(user).get("grad_placements") is None:
-            user.replace_all_uses_with(local)
-        elif user.target is to_local and user.args[1] == placed == user.args[2]:
+        elif user.target is to_local:  # of another linear, which was localized before this one
+            if user.args[1] == placed == user.args[2]:
+                user.replace_all_uses_with(local)
+        elif _is_unwrap(user) and _options(user).get("grad_placements") is None:
             user.replace_all_uses_with(local)

@@ -29,7 +29,7 @@ def launch(script: Path, *arguments: object, ranks: int, restarts: int = 0) -> "
     how = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     how += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
     command = [sys.executable, *(how if ranks > 1 else []), str(script), *map(str, arguments)]
-    # without the last a restart meets at the store of the life before, and gloo may find the addresses of the dead in it
+    # without the last a restart meets at the store of the life before, where gloo may find the addresses of the dead
     switches = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     environment = {**os.environ, **switches}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -145,7 +145,8 @@ def test_other_options_raise_where_the_first_graph_is_compiled(found: Found) -> 
 
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
     """torchrun starts all ranks again; the curve is that of a run that was not killed."""
-    settings = "--steps 8 --save-every 3 --refresh-every 2 --width 128 --ff 128 --depth 1 --inner eager".split()
+    numbers = {"steps": 8, "save-every": 3, "refresh-every": 2, "width": 128, "ff": 128, "depth": 1, "inner": "eager"}
+    settings = [word for name, value in numbers.items() for word in (f"--{name}", value)]
     curves = {}
     for name, restarts in (("whole", 0), ("killed", 1)):
         arguments = [tmp_path / name, *settings]

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 titan.py EXAMPLES FOLDER ARGUMENTS OF TORCHTITAN...
 
 torchtitan's own trainer needs a GPU. What a CPU lacks is replaced: FlexAttention's backward, and the reduction that
-divides before it sums. Selective activation checkpoints under tensor parallelism are left out: with torch 2.13 they fail
-in AOTAutograd, whatever compiles the blocks ("expected all tensors_saved_with_vc_check to be Tensors").
+divides before it sums. Selective activation checkpoints under tensor parallelism are left out: with torch 2.13 they
+fail in AOTAutograd, whatever compiles the blocks ("expected all tensors_saved_with_vc_check to be Tensors").
 """
 
 import sys
@@ -18,7 +18,6 @@ utils.device_type, utils.device_module = "cpu", torch.cpu  # before others impor
 sys.path.insert(0, sys.argv[1])
 
 import torch.distributed as dist  # noqa: E402
-import with_torchtitan  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torchtitan.config import ConfigManager  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
@@ -26,6 +25,7 @@ from torchtitan.distributed.utils import set_spmd_backend  # noqa: E402
 from torchtitan.models.common.attention import FlexAttention  # noqa: E402
 
 import sparse24  # noqa: E402
+import with_torchtitan  # noqa: E402
 
 
 def attention(self, q_BLNH, k_BLNH, v_BLNH, **_):  # type: ignore[no-untyped-def]

@@ -103,7 +103,7 @@ def test_what_stays_dense_says_why(mesh: DeviceMesh) -> None:
     replicated = parallelize_module(SwiGLU(), mesh, {})
     for name, param in list(replicated.named_parameters()):
         placed = DTensor.from_local(param.detach(), mesh, [Replicate()], run_check=False)
-        setattr(replicated.get_submodule(name.rpartition(".")[0]), "weight", nn.Parameter(placed))
+        replicated.get_submodule(name.rpartition(".")[0]).weight = nn.Parameter(placed)
     _, linears = read(replicated, DTensor.from_local(x, mesh, [Shard(0)], run_check=False))
     assert all("need them as ColwiseParallel or RowwiseParallel place them" in (x.reason or "") for x in linears)
     assert len(linears) == 3
