@@ -7,8 +7,8 @@ becomes
     y = from_local(linear(to_local(x), to_local(w)), ...)
 
 and what is wrapped only to be unwrapped again falls away. The passes behind it then see plain tensors of the shapes
-that this rank computes with. The graph computes the same as before; collectives stay where they were, save that projections
-of one input share the all-reduce of its gradient.
+that this rank computes with. The graph computes the same as before; collectives stay where they were, save that
+projections of one input share the all-reduce of its gradient.
 """
 
 import math

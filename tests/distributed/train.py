@@ -63,7 +63,7 @@ class MLP(nn.Module):
 
 
 def spread(model: nn.Sequential, how: str, options: dict[str, Any]) -> tuple[nn.Module, int, int]:
-    """(the model compiled and spread over the ranks, this rank's place among those that share a batch, their number)."""
+    """(the model compiled and spread, this rank's place among those that share a batch, their number)."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch._dynamo.config.optimize_ddp = how == "ddp_split"
     if how == "alone":
