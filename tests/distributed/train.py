@@ -1,6 +1,6 @@
 """One rank: trains a small model through the backend, once for each scenario, and saves what a test compares.
 
-    torchrun --nproc_per_node N train.py FOLDER SCENARIO,SCENARIO,...
+    torchrun --nproc_per_node N train.py FOLDER SCENARIO,SCENARIO,... [cuda]
 
 Of a scenario FOLDER gets SCENARIO-RANK.pt. One launch for several: importing torch takes longer than they do.
 A scenario is how the model is spread over the ranks (in each, blocks are compiled one by one but where said):
@@ -14,6 +14,7 @@ A scenario is how the model is spread over the ranks (in each, blocks are compil
 and, behind a +, what else: `scenario` reads best.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from sparse24.compiler import ranks, weights
 from sparse24.compiler.errors import RankError
 from sparse24.compiler.seeds import draw_seed
 
+DEVICE = sys.argv[3] if len(sys.argv) > 3 else "cpu"  # on a GPU weights are bf16, and Inductor compiles
 STEPS, LONG, SAVED, BATCH, D, FF = 10, 100, 5, 8, 256, 512  # D: 64 rows on each of 4 ranks
 
 
@@ -70,7 +72,7 @@ def spread(model: nn.Sequential, how: str, options: dict[str, Any]) -> tuple[nn.
         return torch.compile(model, backend="sparse24", options=options), 0, 1
     if how in ("ddp_outside", "ddp_split"):
         return torch.compile(DDP(model), backend="sparse24", options=options), rank, world
-    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(DEVICE, (world // 2, 2), mesh_dim_names=("dp", "tp"))
     if "tp" in how:
         column, row = ("wq", "wk", "wv", "w1", "w3", "up"), ("wo", "w2", "down")
         for block in model:
@@ -87,7 +89,7 @@ def spread(model: nn.Sequential, how: str, options: dict[str, Any]) -> tuple[nn.
             replicate(part, mesh=mesh["dp"])
         return model, rank // 2, world // 2
     if how.startswith(("fsdp", "hsdp")):
-        kind = {"fsdp_tp": mesh["dp"], "hsdp": mesh}.get(how) or init_device_mesh("cpu", (world,))
+        kind = {"fsdp_tp": mesh["dp"], "hsdp": mesh}.get(how) or init_device_mesh(DEVICE, (world,))
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if how == "fsdp_bf16" else MixedPrecisionPolicy()
         for part in (*model, model):
             fully_shard(part, mesh=kind, mp_policy=policy, reshard_after_forward=how != "fsdp_kept")
@@ -104,12 +106,16 @@ class Run:
         torch.manual_seed(seed)
         self.model, self.step = nn.Sequential(Llama(), MLP()), 0
         defaults = {"inner": "aot_eager", "refresh_every": 3, "wgrad": "dense", "decay": 0.1, "layers": "all"}
+        if DEVICE == "cuda":
+            self.model.to("cuda", torch.bfloat16)
+            defaults |= {"inner": "inductor", "when": "always"}
         self.run, self.rank, self.ranks = spread(self.model, how, defaults | options)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, foreach=False)
         self.session = sparse24.session(self.model)
 
     def loss(self) -> Tensor:
         x = torch.randn(BATCH, 5, D, generator=torch.Generator().manual_seed(self.step))
+        x = x.to(DEVICE, next(self.model.parameters()).dtype)
         mine = x[self.rank * BATCH // self.ranks : (self.rank + 1) * BATCH // self.ranks]
         return (self.run(mine) - mine.roll(1, -1)).square().mean()
 
@@ -121,7 +127,7 @@ class Run:
             loss.backward()
             self.optimizer.step()
             self.step += 1
-            mean = loss.detach().clone()
+            mean = loss.detach().float()
             if dist.is_initialized():
                 dist.all_reduce(mean)
                 mean /= dist.get_world_size()
@@ -154,7 +160,7 @@ class Run:
 
 def whole(x: Any) -> Tensor:
     found: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x.clone()
-    return found
+    return found.cpu()
 
 
 def scenario(what: str, folder: Path) -> dict[str, Any]:
@@ -210,8 +216,10 @@ def error(act: Any, run: Run) -> dict[str, Any]:
 
 if __name__ == "__main__":
     folder, scenarios = Path(sys.argv[1]), sys.argv[2].split(",")
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if scenarios[0] != "alone":
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
     for what in scenarios:
         found = scenario(what, folder)
         if dist.is_initialized():
