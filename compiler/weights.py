@@ -187,7 +187,7 @@ class SparseWeight:
 
     def _stamp(self) -> tuple[int, int]:
         """What changes when the master does: what FSDP gathers shows nothing of it."""
-        if self.shard is None and self.held.data_ptr() == self.param.data_ptr():
+        if self.shard is None and not is_dtensor(self.param):
             return stamp(self.param)
         held = self.held if self.shard is None else self.shard.local
         return (self.master._version + held._version, held.data_ptr())
