@@ -110,6 +110,13 @@ def model() -> str:
     )
 
 
+def rates() -> str:
+    return (
+        "| dense products | sparse products | packing |\n|---|---|---|\n"
+        f"| {H200.dense:g} TFLOP/s | {H200.sparse:g} TFLOP/s | {H200.packing:g} TB/s |\n"
+    )
+
+
 def memory() -> str:
     return table(
         "bytes on each GPU",
@@ -158,7 +165,7 @@ def time() -> str:
     )
 
 
-TABLES = {"model": model, "memory": memory, "moved": moved, "time": time}
+TABLES = {"model": model, "rates": rates, "memory": memory, "moved": moved, "time": time}
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__)
