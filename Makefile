@@ -21,9 +21,9 @@ train: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/train_gpt.py $(ARGS)
 
 # Two workers of one thread each: more threads than cores make torch's small CPU kernels many times slower. -rs: what was
-# skipped, and why, stands at the end.
+# skipped, and why, stands at the end. loadgroup: what shares launches of several processes stays on one worker.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -rs $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup -rs $(ARGS)
 
 # On a machine with a GPU, in the environment that is active there. Each test is named in the log as soon as it ends.
 test-gpu:

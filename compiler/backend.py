@@ -6,6 +6,7 @@ inputs: state follows the weight and not the graph, so one graph serves every bl
 block.
 """
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from ..kernels import providers
 from ..kernels.gain import gain
 from ..passes.find import Linear, find_linears
 from ..passes.graph import copy_of
+from ..passes.parallel import is_dtensor
 from ..passes.rewrite import Group, groups_of, rewrite
 from ..passes.tidy import tidy
 from . import (
@@ -35,6 +37,7 @@ from . import (
     step as step,  # registers the optimizer hooks
 )
 from .errors import BackendError, SkippedError
+from .ranks import check_recipe, first_of
 from .recipe import Recipe
 from .seeds import draw_seed, no_seeds, seeds_on
 from .trace import Trace
@@ -57,10 +60,11 @@ def sparse24(
     """Compile one Dynamo graph with 2:4 sparse linears.
 
     options: the fields of `Recipe`. mode: one of Inductor's ("reduce-overhead", "max-autotune", ...). name is not used.
-    Raises OptionError (a ValueError) on a bad option, SkippedError under strict=True; anything that cannot be made
-    sparse stays dense and is reported.
+    Raises OptionError (a ValueError) on a bad option, RankError where another rank has other options, SkippedError
+    under strict=True; anything that cannot be made sparse stays dense and is reported.
     """
     recipe = Recipe.from_options(options)
+    check_recipe(recipe)
     if any(isinstance(x, FakeTensor) for x in example_inputs):
         _warn_of_split()
         return _compile_inner(gm, example_inputs, recipe, mode)  # traced without data: there are no weights to pack
@@ -343,8 +347,10 @@ def _active(known: list[SparseWeight]) -> int:
 def _unfit(param: Any) -> str | None:
     """Why a graph input cannot be a sparse weight, be it for a forward alone; None where it can."""
     if not isinstance(param, torch.nn.Parameter):
+        if is_dtensor(param):  # as DistributedDataParallel(model, device_mesh=...) leaves a model with DTensors
+            return "its weight is a DTensor that is not an nn.Parameter, need one (fully_shard or replicate keep it)"
         return "its weight is not an nn.Parameter"
-    if is_traceable_wrapper_subclass(param):
+    if is_traceable_wrapper_subclass(param) and not is_dtensor(param):
         return f"its weight is a {type(param).__name__}"
     if param.device.type not in ("cpu", "cuda"):
         return f"its weight is on device {param.device}, need cpu or cuda"
@@ -368,7 +374,7 @@ def _by_speed(param: Tensor, linear: Linear, together: tuple[int, str | None], r
 
     together: out_features of the matmul that it and its neighbours become, and its activation; what is measured is that
     matmul, so the neighbours find the same. A weight is decided on once: another graph, another number of tokens or a
-    resumed run too.
+    resumed run too. Of ranks that measure the same problem the first one's decision holds for all.
     """
     known = weights.get(param)
     if known is not None and known.recipe == recipe and known.decided and not known.pruned:
@@ -381,17 +387,18 @@ def _by_speed(param: Tensor, linear: Linear, together: tuple[int, str | None], r
     slow = providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
     if slow is not None:
         return replace(linear, reason=slow)
+    rows, kind = together
+    problem = (rows, linear.in_features, linear.tokens, linear.dtype, param.dtype)
+    reason, wgrad = None, recipe.wgrad
     try:
-        rows, kind = together
-        shape = (rows, linear.in_features, linear.tokens)
-        found = gain(*shape, linear.dtype, param.dtype, param.device, recipe.wgrad, kind)
+        found = gain(*problem, param.device, recipe.wgrad, kind)
+        wgrad = found.wgrad
+        if not found.faster:
+            reason = f"{weights.SLOWER}, {found.dense_ms:.2f} ms a step against {found.sparse_ms:.2f} ms"
     except torch.OutOfMemoryError:
         log.warning("sparse24: %s: no memory is left to measure whether it gains; it is sparse", linear.name)
-        return replace(linear, wgrad=recipe.wgrad)
-    if not found.faster:
-        slower = f"{weights.SLOWER}, {found.dense_ms:.2f} ms a step against {found.sparse_ms:.2f} ms"
-        return replace(linear, reason=slower)
-    return replace(linear, wgrad=found.wgrad)
+    reason, wgrad = json.loads(first_of(f"gain {problem} {recipe.wgrad} {kind}", json.dumps([reason, wgrad])))
+    return replace(linear, reason=reason) if reason else replace(linear, wgrad=wgrad)
 
 
 def _is_dynamic(placeholder: torch.fx.Node) -> bool:

@@ -1,13 +1,14 @@
-"""FSDP2 (`fully_shard`): the parameter that a graph sees is gathered for a forward; what trains is its shard.
+"""FSDP2 (`fully_shard`, `replicate`): the parameter that a graph sees is gathered for a forward; what trains is its
+shard.
 
-Every rank holds the mask and the packed forms of the whole weight, made from what a forward gathers: the same on all.
-The masked decay runs on the shard that a rank trains.
+Every rank holds the mask and the packed forms of all that a forward gathers: the same on all ranks of the group. The
+masked decay runs on the shard that a rank trains.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import layout
 
@@ -19,10 +20,20 @@ except ImportError:  # a build of torch without torch.distributed
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """param: the DTensor that the optimizer holds. first: the row of the whole weight that it begins with."""
+    """param: the DTensor that the optimizer holds. dim: which dimension FSDP shards. rows: of what a forward gathers,
+    of a tensor-parallel weight this rank's part. rank, ranks: of those that share it out.
+    """
 
     param: Any
-    first: int
+    dim: int
+    rows: int
+    rank: int
+    ranks: int
+
+    @property
+    def first(self) -> int:
+        """The row of what a forward gathers that this shard begins with."""
+        return self.rank * (-(-self.rows // self.ranks))
 
     @property
     def local(self) -> Tensor:
@@ -30,20 +41,12 @@ class Shard:
         found: Tensor = self.param._local_tensor.detach()
         return found
 
-    @property
-    def grad(self) -> Tensor | None:
-        """The gradient of this rank's rows."""
-        grad = self.param.grad
-        return None if grad is None else grad._local_tensor
-
     def unfit(self) -> str | None:
         """Why this weight cannot be sparse, None where it can."""
-        placements = self.param.placements
-        if len(placements) != 1 or not placements[0].is_shard(0):
-            return f"FSDP places it as {placements}, need whole rows on each rank of one dimension of the mesh"
-        rows, ranks = self.param.shape[0], self.param.device_mesh.size()
-        if rows % (layout.TILE * ranks):
-            return f"FSDP shards its {rows} rows over {ranks} ranks, need a multiple of {layout.TILE} on each"
+        if self.ranks > 1 and self.dim != 0:
+            return f"FSDP shards its dimension {self.dim}, need whole rows on each rank"
+        if self.rows % (layout.TILE * self.ranks):
+            return f"FSDP shards its {self.rows} rows over {self.ranks} ranks, need a multiple of {layout.TILE} on each"
         return None
 
 
@@ -58,13 +61,7 @@ def shard_of(param: Tensor) -> Shard | None:
         for group in groups:
             for known in group.fsdp_params if group is not None else ():
                 if getattr(known, "_unsharded_param", None) is param:
-                    return _shard(known.sharded_param)
+                    info = known.mesh_info
+                    rank, ranks = getattr(info, "shard_mesh_rank", 0), getattr(info, "shard_mesh_size", 1)
+                    return Shard(known.sharded_param, known.fsdp_placement.dim, known._orig_size[0], rank, ranks)
     return None
-
-
-def _shard(sharded: nn.Parameter) -> Shard:
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(sharded, DTensor)
-    rank = sharded.device_mesh.get_local_rank() if sharded.device_mesh.ndim == 1 else 0
-    return Shard(sharded, rank * (-(-sharded.shape[0] // sharded.device_mesh.size())))

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from ..kernels import choice, layout, providers
 from ..kernels.providers import Problem
 from ..passes.find import Linear
+from ..passes.parallel import is_dtensor
 from . import weights
 from .fsdp import shard_of
 from .recipe import Recipe
@@ -153,8 +154,9 @@ def two_four(param: Tensor, transposed: bool) -> bool:
 
 
 def is_ready(param: Tensor, linear: Linear) -> bool:
-    """Whether an eligible weight is to be multiplied as it is: 2:4, and not in training nor gathered by FSDP."""
-    return not in_training(param) and shard_of(param) is None and two_four(param, linear.transposed)
+    """Whether an eligible weight is to be multiplied as it is: 2:4, not in training, and whole on this rank."""
+    whole = shard_of(param) is None and not is_dtensor(param)
+    return whole and not in_training(param) and two_four(param, linear.transposed)
 
 
 def in_training(param: Tensor) -> bool:

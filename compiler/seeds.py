@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import shards
 from .weights import SparseWeight
 
 _MASK = (1 << 64) - 1
@@ -29,11 +30,13 @@ def _of_micro_step(seed: int, step: int, calls: int) -> int:
 
 
 def draw_seed(weight: SparseWeight) -> int:
-    """A signed 64-bit seed: a function of (run seed, optimizer step, micro-step, layer, rank) and nothing else.
+    """A signed 64-bit seed: a function of (run seed, optimizer step, micro-step, layer, data-parallel rank) alone.
 
+    Ranks that hold one weight together (tensor parallelism) count as one: a gradient that all have is pruned alike.
     It is apart from torch's generators, so dropout draws the same numbers with and without this backend.
     """
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    rank = shards.replica(weight.param, rank)
     h = _take(_take(_of_micro_step(weight.recipe.seed, weight.step, weight.calls), weight.layer), rank)
     return h - (1 << 64) if h >> 63 else h
 

@@ -1,8 +1,10 @@
 """Session: what the user holds of a run. A view of the registry for one model; it keeps no state of its own."""
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import weights
@@ -10,12 +12,23 @@ from .errors import StateError
 from .ranks import check_ranks
 from .weights import SparseWeight
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def session(model: Any) -> "Session":
     """The session of a model or of its compiled wrapper. May be asked for at any time, before the first forward too."""
     return Session(model)
+
+
+def contents(state: Any) -> dict[str, Any]:
+    """What a `Session.state_dict` holds, by weight: "recipe", "weights" (`SparseWeight.state`), "dense" (reasons)."""
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found == 1:
+        return dict(state)  # the contents themselves: as states were written before
+    if found != _FORMAT:
+        raise StateError(f"sparse24: found session state of format {found!r}, need format {_FORMAT}")
+    read: dict[str, Any] = torch.load(io.BytesIO(state["state"]), weights_only=True)
+    return read
 
 
 class Session:
@@ -85,14 +98,14 @@ class Session:
         return numbers
 
     def memory(self) -> dict[str, int]:
-        """Bytes by kind: dense masters of the sparse layers, their packed forms (W and W^T; with recipe "s-ste" S(W),
-        packed and dense), masks kept without them.
+        """Bytes on this rank by kind: dense masters of the sparse layers, their packed forms (W and W^T; with recipe
+        "s-ste" S(W), packed and dense), masks kept without them.
         """
         known = list(self._sparse())
         operands = {id(o): o for w in known for o in w.operands.values()}.values()
         kept = [mask for w in known for mask in (w._last_mask, w._counted) if mask is not None]
         return {
-            "masters": sum((w.param if w.shard is None else w.shard.local).nbytes for w in known),
+            "masters": sum((w.held if w.shard is None else w.shard.local).nbytes for w in known),
             "packed": sum(o.inputs[0].nbytes for o in operands),
             "packed_t": sum(o.inputs[1].nbytes for o in operands),
             "masks": sum(m.nbytes for m in kept),
@@ -127,16 +140,21 @@ class Session:
         """Everything beside model and optimizer that the next step depends on: masks, counters, phase, recipe, choices
         by speed.
 
-        Tensors are on the CPU. Restored in a new process with `load_state_dict`, a run goes on with the same numbers.
+        Restored in a new process with `load_state_dict`, a run goes on with the same numbers, on any number of ranks:
+        masks are whole, and every rank gets all of them. A collective where weights are DTensors. {"format": int,
+        "state": bytes}: torch.distributed.checkpoint reads into the keys that a session has before the first forward
+        too, when no layer is known.
         """
         everything = self.weights
         known = {name: w for name, w in everything.items() if w.reason_skipped is None and not w.pruned}
-        return {
-            "format": _FORMAT,
+        contents = {
             "recipe": {name: w.recipe.method() for name, w in known.items()},
             "weights": {name: w.state() for name, w in known.items()},
             "dense": {name: w.reason_skipped for name, w in everything.items() if w.reason_skipped and w.decided},
         }
+        written = io.BytesIO()
+        torch.save(contents, written)
+        return {"format": _FORMAT, "state": written.getvalue()}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Take over a `state_dict`, before or after the first forward, once the model holds its own weights.
@@ -145,9 +163,7 @@ class Session:
         recipe's; where layers are not known yet, a difference of recipe raises at the first forward. strict=False
         accepts another recipe and goes on under it.
         """
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            found = state.get("format") if isinstance(state, dict) else type(state).__name__
-            raise StateError(f"sparse24: found session state of format {found!r}, need format {_FORMAT}")
+        state = contents(state)
         params = dict(self.model.named_parameters())
         for name, saved in state["weights"].items():
             if name not in params:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from ..kernels import layout, ops
-from . import flips, weights
+from . import flips, shards, weights
 from .weights import SparseWeight
 
 log = logging.getLogger("sparse24")
@@ -77,8 +77,9 @@ def _decay(optimizer: Optimizer) -> None:
         if not decay or not weight.sparse or not weight.operands:
             continue
         block = next(iter(weight.operands.values())).trained_block(weight)
-        grad = weight.param.grad if weight.shard is None else weight.shard.grad
+        grad = weight.master.grad
         assert grad is not None
+        grad = shards.local(grad)
         on, factor = (block.w, -float(group["lr"]) * decay) if weight.recipe.decay_on == "weight" else (grad, decay)
         if on is grad and scale is not None:
             factor *= float(scale)

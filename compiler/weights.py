@@ -4,6 +4,7 @@ The registry has weak keys: parameters stay ordinary, carry no attribute of ours
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from ..kernels import layout, ops
 from ..kernels import soft as soft24
 from ..kernels.reference import best_mask
-from . import fsdp, soft
+from ..passes.parallel import is_dtensor
+from . import fsdp, shards, soft
 from .errors import NotFiniteError, OptionError, StateError
 from .recipe import Recipe
 
@@ -44,7 +46,7 @@ class SparseWeight:
         global _layers
         self._param = TensorWeakRef(param)
         self.name, self.recipe, self.reason_skipped = name, recipe, reason_skipped
-        self.shape = (param.shape[0], param.shape[1]) if param.dim() == 2 else tuple(param.shape)
+        self.shape: tuple[int, ...] = tuple(shards.local(param).shape)  # of the part that this rank multiplies by
         self.wgrad = recipe.wgrad
         self.step = 0
         self.calls = 0  # forwards with gradients since the last optimizer step: the micro-step, part of every seed
@@ -77,6 +79,11 @@ class SparseWeight:
         return self.param if self.shard is None else self.shard.param
 
     @property
+    def held(self) -> Tensor:
+        """What this rank multiplies by, dense and detached: the parameter or, of a DTensor, its part."""
+        return shards.local(self.param)
+
+    @property
     def sparse(self) -> bool:
         return self.phase == "sparse"
 
@@ -92,11 +99,11 @@ class SparseWeight:
 
     def rows(self) -> Tensor:
         """The master as [out_features, in_features]; of "s-ste"."""
-        return self.param.detach().t() if self.transposed else self.param.detach()
+        return self.held.t() if self.transposed else self.held
 
     def mask(self) -> Tensor:
         """bool of the parameter's shape ([out, in] for nn.Linear), True where kept. In the dense phase: the last mask.
-        With recipe "s-ste" what soft24 keeps of the weight as it is now, in either phase.
+        With recipe "s-ste" what soft24 keeps of the weight as it is now, in either phase. Of a DTensor: a DTensor.
 
         Raises ValueError where the weight was never sparse.
         """
@@ -106,7 +113,7 @@ class SparseWeight:
         nibbles = self._nibbles()
         if nibbles is None:
             raise ValueError(f"sparse24: {self.name} has no mask: {self.reason_skipped or 'it was never sparse'}")
-        return layout.mask_from_nibbles(nibbles)
+        return shards.like(layout.mask_from_nibbles(nibbles), self.param)
 
     def masked(self) -> Tensor:
         """W.M, of the parameter's shape and dtype; with recipe "s-ste" beta * soft24(W). Raises as `mask` does, and
@@ -123,7 +130,7 @@ class SparseWeight:
 
     def _found_mask(self) -> Tensor:
         """bool of the shape of `rows`: the mask that a search finds now, whatever is in force."""
-        return soft24.mask_of(self.rows()) if self.soft else best_mask(self.param)
+        return soft24.mask_of(self.rows()) if self.soft else best_mask(self.held)
 
     @property
     def counts_apart(self) -> bool:
@@ -180,7 +187,10 @@ class SparseWeight:
 
     def _stamp(self) -> tuple[int, int]:
         """What changes when the master does: what FSDP gathers shows nothing of it."""
-        return stamp(self.param) if self.shard is None else (self.master._version, self.shard.local.data_ptr())
+        if self.shard is None and not is_dtensor(self.param):
+            return stamp(self.param)
+        held = self.held if self.shard is None else self.shard.local
+        return (self.master._version + held._version, held.data_ptr())
 
     def advance(self) -> None:
         """Count an optimizer step that changed the master; the last one of the sparse phase drops the packed forms."""
@@ -223,17 +233,24 @@ class SparseWeight:
     # ----------------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
+        """All that a run needs to go on. Masks are whole; where the parameter is a DTensor, this is a collective of the
+        ranks that hold it.
+        """
+
+        def whole(pairs: Tensor | None) -> Tensor | None:
+            return None if pairs is None else shards.gather(pairs, self.param).cpu()
+
         nibbles = self._nibbles()
         return {
-            "shape": list(self.shape),
+            "shape": list(self.param.shape),
             "step": self.step,
             "calls": self.calls,
             "layer": self.layer,
             "wgrad": self.wgrad,
             "phase": self.phase,
-            "flips": self.flips,
-            "mask": None if nibbles is None else _pair(nibbles).cpu(),
-            "counted": None if self._counted is None else self._counted.cpu(),
+            "flips": None if self.flips is None else self.flips * self._parts,
+            "mask": whole(None if nibbles is None else _pair(nibbles)),
+            "counted": whole(self._counted),
             "scale": self.scale,
             "transposed": self.transposed,
             "search_due": self.search_due,
@@ -250,12 +267,19 @@ class SparseWeight:
             setattr(self, key, state.get(key, getattr(self, key)))
         counted, mask = state.get("counted"), state.get("mask")
         if counted is not None:
-            self._counted = counted.to(self.param.device)
+            self._counted = shards.part_of(counted, self.param).to(self.param.device)
+        if self.flips is not None:
+            self.flips //= self._parts  # as if every rank had seen as many; the next refresh counts its own
         if mask is not None:
             self._keep_mask()
-            self._last_mask = mask.to(self.param.device)
+            self._last_mask = shards.part_of(mask, self.param).to(self.param.device)
         elif not self.sparse or self.soft:
             self._keep_mask()
+
+    @property
+    def _parts(self) -> int:
+        """How many parts as large as this rank's make the parameter."""
+        return self.param.numel() // max(math.prod(self.shape), 1)
 
 
 def stamp(param: Tensor) -> tuple[int, int]:
@@ -311,7 +335,7 @@ class Operand:
         return (*self._origin[id(weight)], self.rows, self.cols)
 
     def block(self, weight: SparseWeight) -> layout.Block:
-        return layout.Block(weight.param.detach(), self.packed, self.packed_t, *self.where(weight))
+        return layout.Block(weight.held, self.packed, self.packed_t, *self.where(weight))
 
     def trained_block(self, weight: SparseWeight) -> layout.Block:
         """The block of what this rank trains: of the weight, or of its rows of it."""
@@ -404,11 +428,12 @@ def get(param: Tensor) -> SparseWeight | None:
 
 def register(param: Tensor, weight: SparseWeight) -> None:
     """Make `weight` what is known of a parameter, and of the shards that FSDP gathers it from."""
-    if weight.shard is not None and weight.reason_skipped is None:
+    if weight.reason_skipped is None:
+        how = "FSDP" if weight.shard is not None else "tensor parallelism" if is_dtensor(param) else None
         for name, needed in (("recipe", "fst"), ("virtual_flips", False)):
             found = getattr(weight.recipe, name)
-            if found != needed:
-                raise OptionError(f"sparse24: found option {name}={found!r} with FSDP, need {needed!r} there")
+            if how is not None and found != needed:
+                raise OptionError(f"sparse24: found option {name}={found!r} with {how}, need {needed!r} there")
     _registry[param] = weight
     if weight.shard is not None:
         _registry[weight.shard.param] = weight

@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from . import graph as g
 from .graph import LinearArgs, Region
+from .parallel import from_local, is_dtensor, whole
 
 TILE = 64
 _FFN = ("up", "gate", "down", "experts")
@@ -73,7 +75,10 @@ def find_linears(
                     continue  # a piece of a parameter: `_hidden` lists the parameter, once
                 reason = reason or "its weight is computed, not a parameter"
             else:
-                reason = reason or _unfit(linear, uses[weight]) or ineligible(weight.name)
+                unfit = _unplaced(args) or _unfit(linear, uses[weight])
+                if unfit and whole(args.weight) is not args.weight:
+                    unfit += " on each rank"
+                reason = reason or unfit or ineligible(weight.name)
             found.append(replace(linear, reason=reason, wanted=wanted))
         found += _hidden(region, roles, {linear.weight for linear in found}, layers, skip)
     return found
@@ -122,7 +127,7 @@ def _hidden(
 
 
 def _describe(node: Node, args: LinearArgs, region: Region, role: str) -> tuple[Linear, Node | None]:
-    weight = region.source(args.weight)
+    weight = region.source(whole(args.weight))
     example, out = g.value(args.weight), g.value(node)
     shape = tuple(example.shape) if example is not None and example.dim() == 2 else (0, 0)
     if args.transposed:
@@ -161,7 +166,9 @@ def _uses(everything: list[Region]) -> dict[Node, int]:
             source = region.source(node)
             if source is not None:
                 uses[source] = uses.get(source, 0) + sum(
-                    sum(arg is node for arg in user.args) or 1 for user in node.users if user not in walked
+                    sum(arg is node for arg in user.args) or 1
+                    for user in node.users
+                    if user not in walked and user.target is not from_local
                 )
     return uses
 
@@ -177,6 +184,21 @@ def _unwanted(linear: Linear, layers: str | Sequence[str], skip: Sequence[str]) 
     if layers == "all":
         return None if linear.role in _FFN + _ATTENTION else "neither feed-forward nor an attention projection"
     return None if any(fnmatchcase(linear.name, pattern) for pattern in layers) else "layers does not name it"
+
+
+def _unplaced(args: LinearArgs) -> str | None:
+    """Why a linear is still one of DTensors: `parallel.localize` takes those that a rank can compute by itself."""
+    x, weight = g.value(args.x), g.value(args.weight)
+    if not is_dtensor(weight):
+        return None
+    return (
+        f"it is a DTensor placed as {_placements(weight)} with an input placed as {_placements(x)}, need them as "
+        "ColwiseParallel or RowwiseParallel place them, with as much on each rank"
+    )
+
+
+def _placements(x: Any) -> str:
+    return " ".join(str(placement) for placement in getattr(x, "placements", ("a plain tensor",)))
 
 
 def _unfit(linear: Linear, uses: int) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch._library.fake_class_registry import FakeScriptObject
 from torch.fx import GraphModule, Node
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -126,9 +127,9 @@ def value(node: Node) -> torch.Tensor | None:
 
 
 def tensor_inputs(node: Node) -> list[Node]:
-    """Input nodes that are tensors or containers of tensors (a chunk's result)."""
-    numbers = (int, float, torch.SymInt, torch.Size)
-    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("example_value"), numbers)]
+    """Input nodes that are tensors or containers of tensors (a chunk's result), as far as known."""
+    others = (int, float, torch.SymInt, torch.Size, FakeScriptObject)  # the last: a DeviceMesh
+    return [n for n in node.all_input_nodes if not isinstance(n.meta.get("example_value"), others)]
 
 
 # ------------------------------------------------------------------------------------------------------- what a node is
@@ -140,6 +141,7 @@ _AFFINE = {"add", "sub", "rsub", "neg", "mul", "div", "clone", "positive"}
 _SHAPE = {
     "view", "reshape", "flatten", "unflatten", "chunk", "split", "split_with_sizes", "tensor_split", "getitem",
     "contiguous", "squeeze", "unsqueeze", "view_as", "reshape_as", "narrow", "unbind", "detach_",
+    "from_local", "to_local", "redistribute",
 }  # fmt: skip
 _CREATION = {
     "tensor", "as_tensor", "scalar_tensor", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like",
@@ -159,7 +161,7 @@ def op_name(node: Node) -> str:
         name = str(node.target)
     elif node.op == "call_function":
         packet = getattr(node.target, "overloadpacket", node.target)
-        name = getattr(packet, "__name__", str(packet))
+        name = re.sub("^prim[ _]", "", getattr(packet, "__name__", str(packet)))  # of DTensors, before torch 2.13
     else:
         return ""
     name = name.strip("_") if name != "_to_copy" else name

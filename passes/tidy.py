@@ -1,4 +1,4 @@
-"""Rewrite what hides a layer from `find`: attention as one opaque node, in-place activations, repeated views.
+"""Rewrite what hides a layer from `find`: DTensors, attention as one opaque node, in-place activations, repeated views.
 
 The graph computes the same as before, operation for operation.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from . import graph as g
+from .parallel import localize
 
 _INTEGERS = (int, torch.SymInt, torch.Size)
 
@@ -21,6 +22,7 @@ def tidy(gm: GraphModule) -> GraphModule:
     """Tidy a graph and the bodies of its activation checkpoints, in place; returns it."""
     for region in g.regions(gm):
         graph = region.module.graph
+        localize(region.module)
         for node in list(graph.nodes):
             _thread_in_place(node)
             _open_attention(node)

@@ -8,6 +8,7 @@ import torch
 
 import sparse24
 from sparse24.compiler.flips import WINDOW, FlipWatch
+from sparse24.compiler.session import contents
 from sparse24.kernels.reference import best_mask
 
 from .models import MLP, Stack, SwiGLU, compiled, train
@@ -82,7 +83,7 @@ def test_a_state_of_before_an_option_existed_loads() -> None:
     model = Stack(MLP())
     run = compiled(model)
     train(run, torch.optim.AdamW(model.parameters(), lr=1e-2), 1)
-    state = sparse24.session(model).state_dict()
+    state = {"format": 1, **contents(sparse24.session(model).state_dict())}
     for recipe in state["recipe"].values():
         del recipe["recipe"]
     sparse24.session(model).load_state_dict(state)

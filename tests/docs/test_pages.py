@@ -95,6 +95,13 @@ def test_the_options_are_those_of_the_recipe(tmp_path: Path) -> None:
                 assert found == (list(value) if isinstance(value, tuple) else value), option
 
 
+def test_the_tables_of_the_plan_are_its_arithmetic(tmp_path: Path) -> None:
+    made = tmp_path / "scaling.md"
+    subprocess.run([sys.executable, ROOT / "docs" / "make_scaling.py", "--out", made], check=True)
+    assert made.read_text() == (ROOT / "docs" / "scaling.md").read_text(), "run python docs/make_scaling.py"
+    assert made.read_text().count("| 1024 GPUs: ") == 4 == made.read_text().count("<!-- end -->") - 1
+
+
 def test_links_lead_to_files() -> None:
     """Those of the README; MkDocs checks those between the pages of docs/."""
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text())
