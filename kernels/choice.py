@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import cusparselt, layout
+from . import cusparselt, gluon_matmul, layout
 from .providers import PROVIDERS, MaskedDense, Problem, Provider
 
 log = logging.getLogger("sparse24")
@@ -54,6 +54,10 @@ def matmul(problem: Problem, packed: Tensor, x: Tensor) -> Tensor:
         log.warning("sparse24: %s fails for %s, masked dense matmuls serve: %s", choice.provider, problem, error)
         _choices[problem] = Choice(MaskedDense.name)
         return matmul(problem, packed, x)
+    except gluon_matmul.Failed as error:
+        gluon_matmul.withdraw(problem.device, str(error))
+        del _choices[problem]  # chosen anew among the others
+        return matmul(problem, packed, x)
 
 
 def choose(problem: Problem) -> Choice:
@@ -73,7 +77,8 @@ def _find(problem: Problem) -> Choice:
     rounded = _rounded(problem)
     store = _store(problem.device)
     key = _key(rounded)
-    if key not in store.choices:
+    known = store.choices.get(key)
+    if known is None or not _BY_NAME[known.provider].supports(rounded):
         store.add(key, measure(rounded))
     return store.choices[key]
 
@@ -224,6 +229,8 @@ def _store(device: torch.device) -> _Store:
     name = torch.cuda.get_device_name(device)
     header = {"gpu": name, "torch": torch.__version__, "cusparselt": cusparselt.version(), "format": "1"}
     slug = "".join(ch if ch.isalnum() else "-" for ch in f"{name}-{header['torch']}-{header['cusparselt']}")
+    if gluon_matmul.asked_for():
+        slug += "-gluon"  # measured among more candidates
     return _Store(cache_folder() / f"{slug}.json", header)
 
 

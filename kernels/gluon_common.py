@@ -6,9 +6,11 @@ this module may fail, and `gluon` then says why instead of a kernel.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of the warps of this partition
+cp_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 constexpr_function = gluon.constexpr_function
@@ -47,3 +49,13 @@ def advance(slot, phase, n: gl.constexpr):
     """The next slot of a ring of `n`, and the phase of its barriers, which flips with each round."""
     last = slot == n - 1
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def tile_of(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
+    """Row and column of a tile: GROUP rows of tiles are walked through together, so that L2 serves them."""
+    group = tile // (GROUP * tiles_n)
+    first = group * GROUP
+    height = gl.minimum(tiles_m - first, GROUP)
+    rest = tile - group * (GROUP * tiles_n)
+    return first + rest % height, rest // height

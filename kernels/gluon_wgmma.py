@@ -12,13 +12,18 @@ takes its address from the symbol `global_smem`: Triton puts the largest buffer 
 assumption, and `gluon.check` tests it.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .gluon_common import advance, along, barrier, constexpr_function, make_barriers, tma_load, tma_store
+from . import layout
+from .gluon_common import advance, along, barrier, constexpr_function, make_barriers, tile_of, tma_load, tma_store
 
 _SLOT = 8192  # bytes: 64 x 64 entries of 16 bits
 _WGS = 2  # consumer warpgroups: of three, each would have too few registers for 256 columns
@@ -46,6 +51,14 @@ class Variant(NamedTuple):
     @property
     def slots(self) -> int:
         return self.NA * self.rows // 64 + self.NB * self.BN // 64 + _WGS * self.NE
+
+
+#: What is measured for each problem; the first one also serves the check at first use.
+VARIANTS = (
+    Variant(MB=1, BN=256, NA=2, NB=4, NE=4),
+    Variant(MB=2, BN=192, NA=2, NB=4, NE=4),
+    Variant(MB=1, BN=128, NA=4, NB=8, NE=2),
+)
 
 
 @constexpr_function
@@ -149,16 +162,6 @@ def fragments(slot, LAYOUT: gl.constexpr):
     )
     v = slot.load(ROWS).reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([8, 4, 32, 4])
     return gl.convert_layout(v, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def tile_of(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles are walked through together, so that L2 serves them."""
-    group = tile // (GROUP * tiles_n)
-    first = group * GROUP
-    height = gl.minimum(tiles_m - first, GROUP)
-    rest = tile - group * (GROUP * tiles_n)
-    return first + rest % height, rest // height
 
 
 @gluon.jit
@@ -306,7 +309,7 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows", "inner", "outer"])
 def kernel(
     values,  # packed operand [rows, inner / 2]
     meta,  # int64, its metadata
@@ -338,11 +341,77 @@ def kernel(
     size = (rows, inner, tiles_m, tiles_n, steps)
     gl.warp_specialize(
         [
-            (consumer, (0, meta, y, bias, ring, size, HAS_BIAS, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
-            (consumer, (1, meta, y, bias, ring, size, HAS_BIAS, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
+            (
+                consumer,
+                (0, meta, y, bias, ring, size, HAS_BIAS, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A),
+            ),
+            (
+                consumer,
+                (1, meta, y, bias, ring, size, HAS_BIAS, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A),
+            ),
             (producer, (values, x, ring, size, TRANSPOSED, BM, BN, NA, NB, GROUP)),
         ],
         [4, 1],
         [232, 24],
     )
     arena._keep_alive()
+
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+ALIGNMENT = 16  # bytes, of what TMA reads and writes
+
+
+def tiling() -> gl.NVMMASharedLayout:
+    """How a slot lies in shared memory."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+def constants(variant: Variant, dtype: torch.dtype, transposed: bool, has_bias: bool) -> dict[str, object]:
+    """The compile-time arguments of `kernel`."""
+    chosen = {k: v for k, v in variant._asdict().items() if k != "persistent"}
+    return {"HAS_BIAS": has_bias, "TRANSPOSED": transposed, "DTYPE": DTYPES[dtype], **chosen}
+
+
+@lru_cache(maxsize=64)
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at an address and row pitch that TMA takes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def _descriptor(x: Tensor) -> TensorDescriptor:
+    """x [m, n], contiguous, for TMA to move in blocks of 64 x 64. Strides by shape: that of a single row can be any."""
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [64, 64], tiling())
+
+
+def multiply(
+    variant: Variant, packed: Tensor, x: Tensor, rows: int, inner: int, transposed: bool, bias: Tensor | None = None
+) -> Tensor:
+    """The packed [rows, inner] matrix times x, bf16 or fp16, fp32 accumulation, plus bias [rows].
+
+    x [outer, inner] -> [outer, rows], or transposed: x [<= inner, outer] -> [rows, outer], rows of x that are missing
+    counting as zero. rows and inner are multiples of 64, and outer one of 8 if transposed; outer > 0. On the current
+    stream of the current device.
+    """
+    outer = x.shape[1] if transposed else x.shape[0]
+    y = x.new_empty((rows, outer) if transposed else (outer, rows))
+    values, metadata = layout.split(_aligned(packed), rows, inner)
+    tiles = -(-rows // variant.rows) * -(-outer // variant.BN)
+    programs = min(tiles, _processors(x.device)) if variant.persistent else tiles
+    kernel[(programs,)](
+        _descriptor(values),
+        metadata.view(torch.int64),
+        _descriptor(_aligned(x)),
+        _descriptor(y),
+        y if bias is None else bias.contiguous(),
+        rows,
+        inner,
+        outer,
+        **constants(variant, x.dtype, transposed, bias is not None),
+        num_warps=4,
+    )
+    return y
