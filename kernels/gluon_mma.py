@@ -2,9 +2,9 @@
 
     spmm    y [outer, rows] = x [outer, inner] (W.M)^T        wgrad   y [rows, outer] = (W.M) x [inner, outer]
 
-The packed operand is read in the form that `layout` defines for sm_80: values through shared memory, from where ldmatrix
-brings them into the order of the instruction; metadata, which have that order already, straight into registers. A
-Hopper GPU runs it too, at about half the rate of its own instruction.
+The packed operand is read in the form that `layout` defines for sm_80: values through shared memory, from where
+ldmatrix brings them into the order of the instruction; metadata, which have that order already, straight into
+registers. A Hopper GPU runs it too, at a lower rate than its own instruction.
 """
 
 from typing import NamedTuple
@@ -83,14 +83,13 @@ def x_layout(NI, WM, WN, single):
 
 
 @gluon.jit
-def issue(sa, sx, values, x, a_at, x_at, a_step, x_step, k, steps, x_mask, k_left, TRANSPOSED: gl.constexpr):
+def issue(sa, sx, values, x, a_at, x_at, x_step, k, steps, x_mask, k_left, TRANSPOSED: gl.constexpr):
     """Start the loads of stage k, if there is one."""
     there = k < steps
-    cp_async(sa, values + a_at + k * a_step, mask=(a_at >= 0) & there)
+    cp_async(sa, values + a_at + k * (BK // 4), mask=(a_at >= 0) & there)
+    mask = x_mask & there
     if TRANSPOSED:
-        mask = x_mask & (k_left > k * BK) & there
-    else:
-        mask = x_mask & there
+        mask = mask & (k_left > k * BK)
     cp_async(sx, x + x_at + k * x_step, mask=mask)
     async_copy.commit_group()
 
@@ -157,7 +156,7 @@ def kernel(
     e_step = rows // BM * 256
 
     for s in gl.static_range(STAGES - 1):
-        issue(sa.index(s), sx.index(s), values, x, a_at, x_at, BK // 4, x_step, s, steps, x_mask, k_left, TRANSPOSED)
+        issue(sa.index(s), sx.index(s), values, x, a_at, x_at, x_step, s, steps, x_mask, k_left, TRANSPOSED)
     acc = gl.full([MI, WM, NI, WN, 32, 4], 0.0, gl.float32, L6)
     following = gl.load(meta + e_at)
     for step in range(steps):
@@ -167,21 +166,7 @@ def kernel(
         barrier()
         ahead = step + STAGES - 1
         slot = ahead % STAGES
-        issue(
-            sa.index(slot),
-            sx.index(slot),
-            values,
-            x,
-            a_at,
-            x_at,
-            BK // 4,
-            x_step,
-            ahead,
-            steps,
-            x_mask,
-            k_left,
-            TRANSPOSED,
-        )
+        issue(sa.index(slot), sx.index(slot), values, x, a_at, x_at, x_step, ahead, steps, x_mask, k_left, TRANSPOSED)
         now = step % STAGES
         for k32 in gl.static_range(2):
             a = sa.index(now).slice(k32 * 8, 8, dim=1).load(values_layout(MI, WM, WN))
