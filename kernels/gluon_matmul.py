@@ -40,12 +40,14 @@ def _kernels(device: torch.device) -> ModuleType | str:
         return "it has no sparse tensor cores whose format is known"
     try:
         if layout.arch(device) == "sm_90":
-            from . import gluon_wgmma as kernels
-        else:
-            from . import gluon_mma as kernels
+            from . import gluon_wgmma
+
+            return gluon_wgmma
+        from . import gluon_mma
+
+        return gluon_mma
     except Exception as error:  # whatever this Triton lacks
         return f"this Triton has no Gluon that they are written for: {type(error).__name__}: {error}"
-    return kernels
 
 
 @lru_cache(maxsize=64)
@@ -70,9 +72,9 @@ def _check(device: torch.device) -> str | None:
             raise
         except Exception as error:
             return f"a small product could not be run: {type(error).__name__}: {_first_line(error)}"
-        error = (y.double() - (expected if transposed else expected.t())).norm() / expected.norm()
-        if not error < TOLERANCE:
-            return f"a small product is wrong (relative error {float(error):.2g})"
+        off = float((y.double() - (expected if transposed else expected.t())).norm() / expected.norm())
+        if not off < TOLERANCE:
+            return f"a small product is wrong (relative error {off:.2g})"
     return None
 
 

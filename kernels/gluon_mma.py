@@ -7,6 +7,9 @@ ldmatrix brings them into the order of the instruction; metadata, which have tha
 registers. A Hopper GPU runs it too, at a lower rate than its own instruction.
 """
 
+# mypy: disable-error-code="assignment, no-redef, var-annotated"
+# (of tuples that grow and names that a constant condition defines, as kernels have them)
+
 from typing import NamedTuple
 
 import torch

@@ -12,6 +12,9 @@ takes its address from the symbol `global_smem`: Triton puts the largest buffer 
 assumption, and `gluon.check` tests it.
 """
 
+# mypy: disable-error-code="assignment, no-redef, var-annotated"
+# (of tuples that grow and names that a constant condition defines, as kernels have them)
+
 from functools import lru_cache
 from typing import NamedTuple
 
