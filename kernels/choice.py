@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import cusparselt, gluon_matmul, layout
-from .providers import PROVIDERS, MaskedDense, Problem, Provider
+from .providers import PROVIDERS, Gluon, MaskedDense, Problem, Provider
 
 log = logging.getLogger("sparse24")
 
@@ -78,7 +78,8 @@ def _find(problem: Problem) -> Choice:
     store = _store(problem.device)
     key = _key(rounded)
     known = store.choices.get(key)
-    if known is None or not _BY_NAME[known.provider].supports(rounded):
+    withdrawn = known is not None and known.provider == Gluon.name and not _BY_NAME[known.provider].supports(rounded)
+    if known is None or withdrawn:
         store.add(key, measure(rounded))
     return store.choices[key]
 
@@ -104,14 +105,16 @@ def kept(device: torch.device, key: str, measure: Callable[[], float]) -> float:
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def measure(problem: Problem) -> Choice:
-    """Check and time every candidate on random data; the fastest right one. Some milliseconds to a second."""
+def measure(problem: Problem, providers: Sequence[Provider] | None = None) -> Choice:
+    """Check and time every candidate (of `providers`, by default all) on random data; the fastest right one, or else
+    the masked dense product. Some milliseconds to a second; compiling the Gluon kernels takes longer.
+    """
     with torch.no_grad(), torch.cuda.device(problem.device):
         packed, x, dense = _data(problem)
         expected = dense()
         fastest = Choice(MaskedDense.name)
         best = float("inf")
-        for provider in PROVIDERS:
+        for provider in PROVIDERS if providers is None else providers:
             if isinstance(provider, MaskedDense) or not provider.supports(problem):
                 continue
             for algorithm in _algorithms(provider, problem):

@@ -1,8 +1,10 @@
 """The Gluon kernels as one provider: which of them serves a GPU, and whether it can be trusted there.
 
 Gluon is experimental, and the kernels rest on what it does not promise: that Triton puts the largest shared buffer at
-offset 0, and the order of the registers that inline PTX sees. So they are imported only when asked for, a small product
-is checked at first use, and whatever goes wrong makes the provider unavailable with a reason: it never ends a training.
+offset 0, and the order of the registers that inline PTX sees. They compile, and were not run on a GPU so far. So they
+are imported only when asked for, a small product is checked at first use, and wrong numbers and errors of compiling or
+launching make the provider unavailable with a reason. A kernel that hangs, or after whose fault the process cannot use
+the GPU any more, ends a training.
 """
 
 import logging

@@ -20,9 +20,8 @@ def cases():
     for variant in (0, 1, 2):
         for transposed in (False, True):
             yield "gluon_wgmma", 90, variant, transposed, transposed, transposed
-    for arch, variant in ((80, 0), (80, 1), (89, 0)):
-        for transposed in (False, True):
-            yield "gluon_mma", arch, variant, transposed, not transposed, transposed
+    for arch, variant, transposed in ((80, 0, False), (80, 1, True), (89, 0, True)):
+        yield "gluon_mma", arch, variant, transposed, not transposed, transposed
     yield "gluon_mma", 90, 0, False, False, False
 
 

@@ -1,6 +1,8 @@
 """When the Gluon kernels are used, and when they step aside: without a GPU, with stand-ins for the kernels."""
 
 import logging
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -88,6 +90,45 @@ def test_problems_are_taken_where_asked_for_and_possible(monkeypatch):
         assert not provider.supports(problem(**changes)), changes
     monkeypatch.setattr(gluon_matmul, "why_unavailable", lambda device: "a reason")
     assert not provider.supports(problem())
+
+
+def test_nothing_of_gluon_is_imported_where_it_is_not_asked_for():
+    code = """
+import sys, torch, sparse24
+from sparse24.kernels import choice, layout, ops, providers
+a = torch.randn(64, 64)
+ops.spmm(layout.pack(a, ops.reference.best_mask(a), "sm_90"), torch.randn(8, 64), 64)
+assert [p.name for p in providers.PROVIDERS if p.supports(providers.Problem("spmm", 64, 64, 8, a.dtype, a.device))]
+print([m for m in sys.modules if "experimental.gluon" in m or m.startswith("sparse24.kernels.gluon_")])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != gluon_matmul.SWITCH}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "['sparse24.kernels.gluon_matmul']\n", done.stderr
+
+
+def test_choices_are_kept_apart_and_without_the_switch_as_before(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSE24_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch, "__version__", "2.11")
+    monkeypatch.setattr(choice.cusparselt, "version", lambda: "0.8.0")
+    store = choice._store.__wrapped__
+    without = store(GPU)
+    assert without.path.name == "A-GPU-2-11-0-8-0.json"
+    assert without.header == {"gpu": "A GPU", "torch": "2.11", "cusparselt": "0.8.0", "format": "1"}
+    monkeypatch.setenv(gluon_matmul.SWITCH, "1")
+    assert store(GPU).path.name == "A-GPU-2-11-0-8-0-gluon.json" and store(GPU).header == without.header
+
+
+@pytest.mark.parametrize(("kept", "again"), [("cusparselt", False), ("torch_cusparselt", False), ("gluon", True)])
+def test_only_a_kept_choice_of_gluon_is_measured_again_where_it_no_longer_serves(monkeypatch, tmp_path, kept, again):
+    store = choice._Store(tmp_path / "choices.json", {})
+    store.add(choice._key(choice._rounded(problem())), choice.Choice(kept, 1))
+    monkeypatch.setattr(choice, "_store", lambda device: store)
+    monkeypatch.setattr(choice, "measure", lambda problem: choice.Choice("cusparselt", 7))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    first = SimpleNamespace(name="cusparselt", supports=lambda problem: True)
+    monkeypatch.setattr(choice, "PROVIDERS", (first,))
+    assert choice._find(problem()) == (choice.Choice("cusparselt", 7) if again else choice.Choice(kept, 1))
 
 
 def test_a_kernel_that_fails_in_training_is_replaced(monkeypatch, caplog):
