@@ -19,8 +19,8 @@ from . import layout, reference
 
 log = logging.getLogger("sparse24")
 
-#: Set to 1, this variable lets `choice` measure the Gluon kernels too. Not by default: they were not run
-#: on a GPU so far, and compiling them takes seconds.
+#: Set to 1, this variable lets `choice` measure the Gluon kernels too. Not by default: they were not run on a
+#: GPU so far, and compiling them takes seconds.
 SWITCH = "SPARSE24_GLUON"
 #: Relative error (Frobenius) of the small product above which nothing is trusted: twice what rounding to bf16 costs.
 TOLERANCE = 1e-2
