@@ -18,20 +18,24 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def clocks() -> str:
+    """Clocks and power of the GPU at this moment, "" where nobody can say."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,power.limit", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 def environment() -> dict[str, Any]:
     """GPU, clocks, versions, date and the command: every result carries them."""
     import triton
 
     from sparse24.kernels import cusparselt
 
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,power.limit", "--format=csv,noheader"]
-    try:
-        clocks = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        clocks = ""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "clocks_and_power": clocks,
+        "clocks_and_power": clocks(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cusparselt": cusparselt.version() if torch.cuda.is_available() else "",

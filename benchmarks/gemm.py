@@ -2,10 +2,11 @@
 
 forward  [T, K] by W^T       wgrad  dY^T by X        dgrad is a forward with K and F exchanged
 sparse24: the chosen provider. cslt: `torch._cslt_sparse_mm`. semi_structured: `torch.sparse.to_sparse_semi_structured`,
-forward only. What packing costs is not in here (pack.py). Sustained: in turns after two warm seconds; cold: the median
-of single calls with 20 ms of rest before each. "of peak" holds the rate against the data sheet's for dense bf16,
-989 TFLOP/s; a sparse matmul counts the operations of the dense one, so its bound is 2. host: microseconds until a call
-returns, of calls that the GPU does not keep waiting.
+forward only. gluon N: with SPARSE24_GLUON=1, variant N of our own kernels, the fastest right one; they are then
+candidates of sparse24 too. What packing costs is not in here (pack.py). Sustained: in turns after two warm seconds;
+cold: the median of single calls with 20 ms of rest before each. "of peak" holds the rate against the data sheet's for
+dense bf16, 989 TFLOP/s; a sparse matmul counts the operations of the dense one, so its bound is 2. host: microseconds
+until a call returns, of calls that the GPU does not keep waiting.
 """
 
 import time
@@ -16,7 +17,7 @@ import torch
 from common import environment, in_turns, parser, percentiles, save, timed
 
 from sparse24.kernels import choice, layout, ops, reference
-from sparse24.kernels.providers import Problem
+from sparse24.kernels.providers import Gluon, Problem
 
 PEAK = 989e12
 #: in_features, out_features
@@ -43,6 +44,17 @@ def host_us(run: Callable[[], Any], n: int = 100) -> float:
     return sorted(times)[n // 2]
 
 
+def gluon(problem: Problem, packed: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """The fastest right variant of the Gluon kernels, where they are asked for and serve the problem."""
+    provider = Gluon()
+    if not provider.supports(problem):
+        return {}
+    found = choice.measure(problem, [provider])
+    if found.provider != provider.name:
+        return {}
+    return {f"gluon {found.algorithm}": lambda: provider.run(problem, packed, x, found.algorithm)}
+
+
 def forward(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str, Callable[[], Any]]]:
     w = torch.randn(f, k, device=device).bfloat16()
     x = torch.randn(tokens, k, device=device).bfloat16()
@@ -55,7 +67,8 @@ def forward(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str
         runs["cslt"] = lambda: torch._cslt_sparse_mm(compressed, x.t(), transpose_result=True)
         semi = torch.sparse.to_sparse_semi_structured(masked)
         runs["semi_structured"] = lambda: torch.nn.functional.linear(x, semi)
-    return Problem("spmm", f, k, tokens, x.dtype, x.device), runs
+    problem = Problem("spmm", f, k, tokens, x.dtype, x.device)
+    return problem, runs | gluon(problem, packed, x)
 
 
 def wgrad(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str, Callable[[], Any]]]:
@@ -66,7 +79,8 @@ def wgrad(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str, 
     if device == "cuda":
         compressed = packed.view(f, -1)
         runs["cslt"] = lambda: torch._cslt_sparse_mm(compressed, x)
-    return Problem("wgrad", f, reference.padded(tokens), k, x.dtype, x.device), runs
+    problem = Problem("wgrad", f, reference.padded(tokens), k, x.dtype, x.device)
+    return problem, runs | gluon(problem, packed, x)
 
 
 def main() -> None:

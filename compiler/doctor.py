@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-from ..kernels import choice, cusparselt, format_check, layout
-from ..kernels.providers import PROVIDERS, Problem, Provider
+from ..kernels import choice, cusparselt, format_check, gluon_matmul, layout
+from ..kernels.providers import PROVIDERS, Gluon, Problem, Provider
 
 _ROWS, _INNER, _OUTER = 128, 256, 64
 
@@ -35,7 +35,8 @@ def checks() -> Iterator[Check]:
     yield from _gpu(device)
     yield _format(device)
     for provider in PROVIDERS:
-        yield _provider(provider, device)
+        if not isinstance(provider, Gluon) or gluon_matmul.asked_for():
+            yield _provider(provider, device)
     yield _cache()
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import cusparselt, layout
-from .providers import PROVIDERS, MaskedDense, Problem, Provider
+from . import cusparselt, gluon_matmul, layout
+from .providers import PROVIDERS, Gluon, MaskedDense, Problem, Provider
 
 log = logging.getLogger("sparse24")
 
@@ -54,6 +54,10 @@ def matmul(problem: Problem, packed: Tensor, x: Tensor) -> Tensor:
         log.warning("sparse24: %s fails for %s, masked dense matmuls serve: %s", choice.provider, problem, error)
         _choices[problem] = Choice(MaskedDense.name)
         return matmul(problem, packed, x)
+    except gluon_matmul.Failed as error:
+        gluon_matmul.withdraw(problem.device, str(error))
+        del _choices[problem]  # chosen anew among the others
+        return matmul(problem, packed, x)
 
 
 def choose(problem: Problem) -> Choice:
@@ -73,7 +77,9 @@ def _find(problem: Problem) -> Choice:
     rounded = _rounded(problem)
     store = _store(problem.device)
     key = _key(rounded)
-    if key not in store.choices:
+    known = store.choices.get(key)
+    withdrawn = known is not None and known.provider == Gluon.name and not _BY_NAME[known.provider].supports(rounded)
+    if known is None or withdrawn:
         store.add(key, measure(rounded))
     return store.choices[key]
 
@@ -99,14 +105,16 @@ def kept(device: torch.device, key: str, measure: Callable[[], float]) -> float:
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def measure(problem: Problem) -> Choice:
-    """Check and time every candidate on random data; the fastest right one. Some milliseconds to a second."""
+def measure(problem: Problem, providers: Sequence[Provider] | None = None) -> Choice:
+    """Check and time every candidate (of `providers`, by default all) on random data; the fastest right one, or else
+    the masked dense product. Some milliseconds to a second; compiling the Gluon kernels takes longer.
+    """
     with torch.no_grad(), torch.cuda.device(problem.device):
         packed, x, dense = _data(problem)
         expected = dense()
         fastest = Choice(MaskedDense.name)
         best = float("inf")
-        for provider in PROVIDERS:
+        for provider in PROVIDERS if providers is None else providers:
             if isinstance(provider, MaskedDense) or not provider.supports(problem):
                 continue
             for algorithm in _algorithms(provider, problem):
@@ -224,6 +232,8 @@ def _store(device: torch.device) -> _Store:
     name = torch.cuda.get_device_name(device)
     header = {"gpu": name, "torch": torch.__version__, "cusparselt": cusparselt.version(), "format": "1"}
     slug = "".join(ch if ch.isalnum() else "-" for ch in f"{name}-{header['torch']}-{header['cusparselt']}")
+    if gluon_matmul.asked_for():
+        slug += "-gluon"  # measured among more candidates
     return _Store(cache_folder() / f"{slug}.json", header)
 
 

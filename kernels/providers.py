@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cusparselt, layout, reference
+from . import cusparselt, gluon_matmul, layout, reference
 from .format_check import readable
 
 
@@ -140,7 +140,36 @@ class TorchCusparselt:
         return torch._cslt_sparse_mm(compressed, x.t(), transpose_result=True)[: problem.outer]
 
 
-PROVIDERS: tuple[Provider, ...] = (CusparseLt(), TorchCusparselt(), MaskedDense())
+class Gluon:
+    """Our own kernels on sparse tensor cores, where `gluon_matmul.SWITCH` asks for them; a tile shape is an
+    algorithm.
+    """
+
+    name = "gluon"
+
+    def supports(self, problem: Problem) -> bool:
+        if not (gluon_matmul.asked_for() and problem.device.type == "cuda" and problem.outer > 0 and problem.inner > 0):
+            return False
+        order = layout.arch(problem.device)
+        return (
+            order is not None
+            and problem.dtype in (torch.float16, torch.bfloat16)
+            and problem.rows % layout.ROW_BLOCK[order] == 0
+            and problem.inner % layout.TILE == 0
+            and (problem.direction == "spmm" or problem.outer % layout.TILE == 0)
+            and gluon_matmul.why_unavailable(problem.device) is None
+        )
+
+    def algorithms(self, problem: Problem) -> Sequence[int | None]:
+        return range(gluon_matmul.variants(problem.device))
+
+    def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
+        return gluon_matmul.multiply(
+            algorithm or 0, packed, x, problem.rows, problem.inner, problem.direction == "wgrad"
+        )
+
+
+PROVIDERS: tuple[Provider, ...] = (CusparseLt(), TorchCusparselt(), Gluon(), MaskedDense())
 
 
 def _aligned(outer: int) -> int:

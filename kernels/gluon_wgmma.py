@@ -1,0 +1,412 @@
+"""2:4 sparse matmul on Hopper: `wgmma.mma_async.sp` as inline PTX in a persistent, warp-specialised Gluon kernel.
+
+    spmm    y [outer, rows] = x [outer, inner] (W.M)^T        wgrad   y [rows, outer] = (W.M) x [inner, outer]
+
+The packed operand is read in the form that `layout` defines for sm_90, values by TMA and metadata straight into
+registers. One warp issues all TMA loads; each consumer warpgroup multiplies MB blocks of 64 rows with the BN columns of
+the tile that all of them share. While the consumers write a tile, the loads of the next one are under way.
+
+Shared memory is one arena of slots, each 64 x 64 entries with 128 byte swizzle: rings for the packed operand (64 rows
+by 128 columns of it a slot) and for x (64 by 64), and slots to write the result from. A single buffer, because the PTX
+takes its address from the symbol `global_smem`: Triton puts the largest buffer first, at offset 0. That is an
+assumption, and `gluon.check` tests it.
+"""
+
+# mypy: disable-error-code="assignment, no-redef, var-annotated"
+# (of tuples that grow and names that a constant condition defines, as kernels have them)
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import layout
+from .gluon_common import advance, along, barrier, constexpr_function, make_barriers, tile_of, tma_load, tma_store
+
+_SLOT = 8192  # bytes: 64 x 64 entries of 16 bits
+_WGS = 2  # consumer warpgroups: of three, each would have too few registers for 256 columns
+SLOT, WGS = gl.constexpr(_SLOT), gl.constexpr(_WGS)
+
+
+class Variant(NamedTuple):
+    """Tile rows 128 * MB by BN; ring depths NA (of 128 columns) and NB (of 64); NE slots a warpgroup to write
+    from; GROUP row tiles are worked on together.
+    """
+
+    MB: int
+    BN: int
+    NA: int
+    NB: int
+    NE: int
+    GROUP: int = 16
+    REGISTER_A: bool = False
+    persistent: bool = True
+
+    @property
+    def rows(self) -> int:
+        return 128 * self.MB
+
+    @property
+    def slots(self) -> int:
+        return self.NA * self.rows // 64 + self.NB * self.BN // 64 + _WGS * self.NE
+
+
+#: What is measured for each problem; the first one also serves the check at first use.
+VARIANTS = (
+    Variant(MB=1, BN=256, NA=2, NB=4, NE=4),
+    Variant(MB=2, BN=192, NA=2, NB=4, NE=4),
+    Variant(MB=1, BN=128, NA=4, NB=8, NE=2),
+)
+
+
+@constexpr_function
+def mma_asm(MB, BN, half, transposed, registers, dtype):
+    """PTX of one warpgroup for 64 columns of the packed operand: 2 * MB instructions, and the wait for them.
+
+    Operands, registers of a thread: the results (32 for each 64 columns of a row block); the byte offset of x, 32 times
+    the same; the packed operand, for each of MB blocks 16 registers of fragments or, if not `registers`, one byte
+    offset 32 times; metadata of MB blocks, 32 times each; the sums so far, tied to the results. half: which 64 of a
+    slot's 128 columns.
+    """
+    n = MB * BN // 2
+    b, a = n, n + 32
+    meta = a + (16 * MB if registers else 32)
+    high = 1 << 30 | 1024 >> 4  # 128 byte swizzle, 1024 bytes from one block of eight rows to the next
+    lines = ["{", ".reg .b32 a, b, base;", ".reg .b64 da, db;", "mov.u32 base, global_smem;"]
+    for name, operand in (("b", b),) if registers else (("b", b), ("a", a)):
+        address = f"add.u32 {name}, base, ${operand};", f"shr.u32 {name}, {name}, 4;"
+        lines += [*address, f"and.b32 {name}, {name}, 0x3FFF;"]
+    if transposed:  # x [inner, outer]: blocks of 64 columns are a slot apart
+        lines += [f"or.b32 b, b, {_SLOT >> 4 << 16};"]
+    lines += ["wgmma.fence.sync.aligned;"]
+    for k in range(2):
+        lines += [f"mov.b64 db, {{b, {high}}};"]
+        for m in range(MB):
+            sums = ", ".join(f"${i}" for i in range(m * BN // 2, (m + 1) * BN // 2))
+            if registers:
+                first = a + 16 * m + 8 * half + 4 * k
+                packed = "{" + ", ".join(f"${i}" for i in range(first, first + 4)) + "}"
+            else:
+                packed = "da"
+                lines += [f"add.u32 base, a, {m * (_SLOT >> 4) + 4 * half + 2 * k};", f"mov.b64 da, {{base, {high}}};"]
+            operands = f"{{{sums}}}, {packed}, db, ${meta + 32 * m}, {k}, 1, 1, 1"
+            operands += f", {int(transposed)}" if registers else f", 0, {int(transposed)}"
+            lines += [f"wgmma.mma_async.sp.sync.aligned.m64n{BN}k32.f32.{dtype}.{dtype} {operands};"]
+        lines += [f"add.u32 b, b, {256 if transposed else 4};"]
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
+    return "\n".join(lines)
+
+
+@constexpr_function
+def mma_constraints(MB, BN, registers):
+    n = MB * BN // 2
+    inputs = 32 + (16 * MB if registers else 32) + 32 * MB
+    return ",".join(["=f"] * n + ["r"] * inputs + [str(i) for i in range(n)])
+
+
+@constexpr_function
+def floats(n):
+    return (gl.float32,) * n
+
+
+@constexpr_function
+def nibbles_asm():
+    """Metadata of 16 columns of two rows, for `mma`, from eight bytes as `layout` has them for 32 columns.
+
+    The bytes alternate between two blocks of 16 columns; each has a nibble of row g below one of row g + 8. The
+    instruction wants the four nibbles of row g and then those of row g + 8.
+    """
+    return """{
+        .reg .b32 lo, hi, x, s, t;
+        mov.b64 {lo, hi}, $1;
+        prmt.b32 x, lo, hi, $2;
+        shr.u32 s, x, 4;
+        xor.b32 t, s, x;
+        and.b32 t, t, 0x00F000F0;
+        shl.b32 s, t, 4;
+        xor.b32 x, x, t;
+        xor.b32 x, x, s;
+        prmt.b32 $0, x, 0, 0x3120;
+    }"""
+
+
+@gluon.jit
+def mma(
+    acc,
+    a,
+    b,
+    meta,
+    HALF: gl.constexpr,
+    MB: gl.constexpr,
+    BN: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    REGISTER_A: gl.constexpr,
+    DTYPE: gl.constexpr,
+):
+    ASM: gl.constexpr = mma_asm(MB, BN, HALF, TRANSPOSED, REGISTER_A, DTYPE)
+    CONSTRAINTS: gl.constexpr = mma_constraints(MB, BN, REGISTER_A)
+    return gl.inline_asm_elementwise(ASM, CONSTRAINTS, (b,) + a + meta + acc, floats(MB * BN // 64), False, 32)
+
+
+@gluon.jit
+def fragments(slot, LAYOUT: gl.constexpr):
+    """A slot of the packed operand as the registers that the instruction takes: 16 a thread, 4 for each 32 columns."""
+    ROWS: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [8, 0], [0, 8], [0, 16], [0, 32]],
+        [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 64],
+    )
+    v = slot.load(ROWS).reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([8, 4, 32, 4])
+    return gl.convert_layout(v, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def producer(
+    values,
+    x,
+    ring,
+    size,
+    TRANSPOSED: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    NA: gl.constexpr,
+    NB: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    arena, full_a, empty_a, full_b, empty_b = ring
+    rows, inner, tiles_m, tiles_n, steps = size
+    SA: gl.constexpr = BM // 64
+    SB: gl.constexpr = BN // 64
+    a, pa, b, pb = 0, 1, 0, 1
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
+        for i in range(steps):
+            mbarrier.wait(empty_a.index(a), pa)
+            mbarrier.expect(full_a.index(a), SA * SLOT)
+            for r in gl.static_range(SA):
+                tma_load(values, [tm * BM + r * 64, i * 64], full_a.index(a), arena.index(a * SA + r))
+            a, pa = advance(a, pa, NA)
+            for h in gl.static_range(2):
+                mbarrier.wait(empty_b.index(b), pb)
+                mbarrier.expect(full_b.index(b), SB * SLOT)
+                for r in gl.static_range(SB):
+                    n, k = tn * BN + r * 64, i * 128 + h * 64
+                    if TRANSPOSED:
+                        tma_load(x, [k, n], full_b.index(b), arena.index(NA * SA + b * SB + r))
+                    else:
+                        tma_load(x, [n, k], full_b.index(b), arena.index(NA * SA + b * SB + r))
+                b, pb = advance(b, pb, NB)
+
+
+@gluon.jit
+def load_metadata(meta, at, k64, last, MB: gl.constexpr, inner):
+    """Eight bytes a thread of each of MB row blocks, for columns 64 * k64.. (or the last ones)."""
+    k = gl.minimum(k64, last) * 64
+    words = ()
+    for m in gl.static_range(MB):
+        words = words + (gl.load(meta + at[m] + k),)
+    return words
+
+
+@gluon.jit
+def ordered(words, selector, MB: gl.constexpr):
+    result = ()
+    for m in gl.static_range(MB):
+        result = result + (gl.inline_asm_elementwise(nibbles_asm(), "=r,l,r", [words[m], selector], gl.int32, True, 1),)
+    return result
+
+
+@gluon.jit
+def consumer(
+    WG: gl.constexpr,
+    data,
+    HAS_BIAS: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    DTYPE: gl.constexpr,
+    MB: gl.constexpr,
+    BN: gl.constexpr,
+    NA: gl.constexpr,
+    NB: gl.constexpr,
+    NE: gl.constexpr,
+    GROUP: gl.constexpr,
+    REGISTER_A: gl.constexpr,
+):
+    meta, y, bias, ring, size = data
+    arena, full_a, empty_a, full_b, empty_b = ring
+    rows, inner, tiles_m, tiles_n, steps = size
+    SA: gl.constexpr = MB * WGS
+    SB: gl.constexpr = BN // 64
+    L4: gl.constexpr = gl.BlockedLayout([8, 1, 1, 4], [1, 1, 32, 1], [1, 4, 1, 1], [3, 2, 1, 0])
+    warp, lane, reg = along(4, 1, L4, 4), along(32, 2, L4, 4), along(4, 3, L4, 4)
+    selector = gl.where(lane % 2 == 0, 0x6420, 0x7531) + 0 * warp
+    last = inner // 64 - 1
+    a, pa, b, pb = 0, 0, 0, 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
+        at = ()
+        for m in gl.static_range(MB):
+            block = gl.minimum(tm * SA + WG * MB + m, rows // 64 - 1)  # behind the last row: any legal metadata
+            at = at + (block.to(gl.int64) * inner + (lane // 2 % 2 * 32 + warp * 8 + lane // 4),)
+        acc = ()
+        for _ in gl.static_range(MB * SB):
+            acc = acc + (gl.full([8, 4, 32, 4], 0.0, gl.float32, L4),)
+        next0, next1 = load_metadata(meta, at, 0, last, MB, inner), load_metadata(meta, at, 1, last, MB, inner)
+        for i in range(steps):
+            e0, e1 = ordered(next0, selector, MB), ordered(next1, selector, MB)
+            next0 = load_metadata(meta, at, 2 * i + 2, last, MB, inner)
+            next1 = load_metadata(meta, at, 2 * i + 3, last, MB, inner)
+            mbarrier.wait(full_a.index(a), pa)
+            if REGISTER_A:
+                packed = ()
+                for m in gl.static_range(MB):
+                    packed = packed + (fragments(arena.index(a * SA + WG * MB + m), L4),)
+            else:
+                packed = (gl.full([1, 1, 1, 1], (a * SA + WG * MB) * SLOT, gl.int32, L4),)
+            mbarrier.wait(full_b.index(b), pb)
+            b_at = gl.full([1, 1, 1, 1], (NA * SA + b * SB) * SLOT, gl.int32, L4)
+            acc = mma(acc, packed, b_at, e0, 0, MB, BN, TRANSPOSED, REGISTER_A, DTYPE)
+            barrier()
+            mbarrier.arrive(empty_b.index(b), count=1)
+            b, pb = advance(b, pb, NB)
+            mbarrier.wait(full_b.index(b), pb)
+            b_at = gl.full([1, 1, 1, 1], (NA * SA + b * SB) * SLOT, gl.int32, L4)
+            acc = mma(acc, packed, b_at, e1, 1, MB, BN, TRANSPOSED, REGISTER_A, DTYPE)
+            barrier()
+            mbarrier.arrive(empty_b.index(b), count=1)
+            mbarrier.arrive(empty_a.index(a), count=1)
+            b, pb = advance(b, pb, NB)
+            a, pa = advance(a, pa, NA)
+        for m in gl.static_range(MB):
+            m0 = (tm * SA + WG * MB + m) * 64
+            if HAS_BIAS:
+                row = m0 + warp * 16 + lane // 4 + reg // 2 * 8
+                add = gl.load(bias + row, mask=row < rows, other=0.0).to(gl.float32)
+            for s in gl.static_range(SB):
+                part = acc[m * SB + s]
+                if HAS_BIAS:
+                    part += add
+                part = part.to(y.dtype).reshape([8, 4, 8, 4, 2, 2])
+                slot = arena.index(NA * SA + NB * SB + WG * NE + (m * SB + s) % NE)
+                if m * SB + s == 0 or m * SB + s >= NE:  # what is still in the slot has been read when this returns
+                    tma.store_wait(0 if m * SB + s == 0 else NE - 1)
+                    barrier()
+                if TRANSPOSED:
+                    slot.store(part.permute([1, 4, 2, 0, 3, 5]).reshape([64, 64]))
+                else:
+                    slot.store(part.permute([0, 3, 5, 1, 4, 2]).reshape([64, 64]))
+                fence_async_shared()
+                barrier()
+                if TRANSPOSED:
+                    tma_store(y, [m0, tn * BN + s * 64], slot)
+                else:
+                    tma_store(y, [tn * BN + s * 64, m0], slot)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["rows", "inner", "outer"])
+def kernel(
+    values,  # packed operand [rows, inner / 2]
+    meta,  # int64, its metadata
+    x,  # [outer, inner] or, TRANSPOSED, [inner, outer]
+    y,  # [outer, rows] or, TRANSPOSED, [rows, outer]
+    bias,  # [rows]
+    rows,
+    inner,
+    outer,
+    HAS_BIAS: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    DTYPE: gl.constexpr,
+    MB: gl.constexpr,
+    BN: gl.constexpr,
+    NA: gl.constexpr,
+    NB: gl.constexpr,
+    NE: gl.constexpr,
+    GROUP: gl.constexpr,
+    REGISTER_A: gl.constexpr,
+):
+    BM: gl.constexpr = 64 * MB * WGS
+    SLOTS: gl.constexpr = NA * (BM // 64) + NB * (BN // 64) + WGS * NE
+    arena = gl.allocate_shared_memory(x.dtype, [SLOTS, 64, 64], x.layout)
+    full_a, empty_a = make_barriers(NA, 1), make_barriers(NA, WGS)
+    full_b, empty_b = make_barriers(NB, 1), make_barriers(NB, WGS)
+    fence_async_shared()
+    tiles_m, tiles_n, steps = gl.cdiv(rows, BM), gl.cdiv(outer, BN), gl.cdiv(inner, 128)
+    ring, size = (arena, full_a, empty_a, full_b, empty_b), (rows, inner, tiles_m, tiles_n, steps)
+    data = (meta, y, bias, ring, size)
+    gl.warp_specialize(
+        [
+            (consumer, (0, data, HAS_BIAS, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
+            (consumer, (1, data, HAS_BIAS, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
+            (producer, (values, x, ring, size, TRANSPOSED, BM, BN, NA, NB, GROUP)),
+        ],
+        [4, 1],
+        [232, 24],
+    )
+    arena._keep_alive()
+
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+ALIGNMENT = 16  # bytes, of what TMA reads and writes
+
+
+def tiling() -> gl.NVMMASharedLayout:
+    """How a slot lies in shared memory."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+def constants(variant: Variant, dtype: torch.dtype, transposed: bool, has_bias: bool) -> dict[str, object]:
+    """The compile-time arguments of `kernel`."""
+    chosen = {k: v for k, v in variant._asdict().items() if k != "persistent"}
+    return {"HAS_BIAS": has_bias, "TRANSPOSED": transposed, "DTYPE": DTYPES[dtype], **chosen}
+
+
+@lru_cache(maxsize=64)
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at an address and row pitch that TMA takes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def _descriptor(x: Tensor) -> TensorDescriptor:
+    """x [m, n], contiguous, for TMA to move in blocks of 64 x 64. Strides by shape: that of a single row can be any."""
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [64, 64], tiling())
+
+
+def multiply(
+    variant: Variant, packed: Tensor, x: Tensor, rows: int, inner: int, transposed: bool, bias: Tensor | None = None
+) -> Tensor:
+    """The packed [rows, inner] matrix times x, bf16 or fp16, fp32 accumulation, plus bias [rows].
+
+    x [outer, inner] -> [outer, rows], or transposed: x [<= inner, outer] -> [rows, outer], rows of x that are missing
+    counting as zero. rows and inner are multiples of 64, and outer one of 8 if transposed; outer > 0. On the current
+    stream of the current device.
+    """
+    outer = x.shape[1] if transposed else x.shape[0]
+    y = x.new_empty((rows, outer) if transposed else (outer, rows))
+    values, metadata = layout.split(_aligned(packed), rows, inner)
+    tiles = -(-rows // variant.rows) * -(-outer // variant.BN)
+    programs = min(tiles, _processors(x.device)) if variant.persistent else tiles
+    kernel[(programs,)](
+        _descriptor(values),
+        metadata.view(torch.int64),
+        _descriptor(_aligned(x)),
+        _descriptor(y),
+        y if bias is None else bias.contiguous(),
+        rows,
+        inner,
+        outer,
+        **constants(variant, x.dtype, transposed, bias is not None),
+        num_warps=4,
+    )
+    return y

@@ -1,0 +1,115 @@
+"""The Gluon kernels compile without a GPU: sparse instructions, nothing spilled, shared memory laid out as meant.
+
+As in test_triton_compiles.py, the compiler runs in a process of its own: this file as a program prints what it found.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = {80: 166912, 89: 101376, 90: 232448}  # bytes a program can have
+
+
+def cases():
+    """(module, architecture, variant, transposed, fp16, biased): each constant takes each of its values."""
+    for variant in (0, 1, 2):
+        for transposed in (False, True):
+            yield "gluon_wgmma", 90, variant, transposed, transposed, transposed
+    for arch, variant, transposed in ((80, 0, False), (80, 1, True), (89, 0, True)):
+        yield "gluon_mma", arch, variant, transposed, not transposed, transposed
+    yield "gluon_mma", 90, 0, False, False, False
+
+
+def compile_all(folder):
+    import importlib
+
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    for module, arch, index, transposed, fp16, biased in cases():
+        kernels = importlib.import_module(f"sparse24.kernels.{module}")
+        variant, kernel = kernels.VARIANTS[index], kernels.kernel
+        dtype = "fp16" if fp16 else "bf16"
+        constants = kernels.constants(variant, torch.float16 if fp16 else torch.bfloat16, transposed, biased)
+        signature = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
+        signature |= {"y": f"*{dtype}", "bias": f"*{dtype}"}
+        if module == "gluon_wgmma":
+            moved = f"tensordesc<{dtype}[64, 64],{kernels.tiling()!r}>"
+            signature |= {"values": moved, "x": moved, "y": moved, "meta": "*i64"}
+            aligned, warps = ("meta", "bias"), 4
+        else:
+            signature |= {"values": "*i32", "meta": "*i32", "x": f"*{dtype}" if transposed else "*i32"}
+            aligned, warps = ("values", "meta", "x", "y", "bias", "rows", "inner"), variant.WM * variant.WN
+            aligned += ("outer",) if transposed else ()
+        names = list(signature)
+        compiled = triton.compile(
+            GluonASTSource(
+                kernel,
+                signature,
+                {(names.index(name),): value for name, value in constants.items()},
+                {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+            ),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": warps},
+        )
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        target = "sm_90a" if arch == 90 else f"sm_{arch}"
+        command = [get_ptxas(arch).path, "-v", f"-arch={target}", ptx, "-o", ptx.with_suffix(".o")]
+        log = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+        text = compiled.asm["ptx"]
+        found = {
+            "case": (module, arch, index, transposed, fp16, biased),
+            "instructions": len(re.findall(r"\bwgmma\.mma_async\.sp\.|\bmma\.sp::ordered_metadata\.", text)),
+            "types": sorted(set(re.findall(r"f32\.(\w+)\.\1[. ]", text))),
+            "expected": 8 * variant.MB if module == "gluon_wgmma" else 2 * variant.NI * 8 // variant.WM,
+            "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
+            "warnings": [line for line in log.splitlines() if "arning" in line or "Potential Performance Loss" in line],
+            "shared": compiled.metadata.shared,
+            "arena": variant.slots * 8192 if module == "gluon_wgmma" else None,
+            "barriers": barriers(text),
+        }
+        print(json.dumps(found), flush=True)
+
+
+def barriers(ptx):
+    """Offsets of the mbarriers in shared memory."""
+    registers = re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)", ptx)
+    return [int(re.search(rf"add\.s32 \t?{re.escape(r)}, %r\d+, (\d+);", ptx)[1]) for r in registers]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    triton = pytest.importorskip("triton")
+    if not list(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*")):
+        pytest.skip("this build of Triton brings no ptxas")
+    folder = tmp_path_factory.mktemp("gluon")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
+    run = subprocess.run([sys.executable, __file__, folder], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_to_sparse_instructions(compiled):
+    """One test, so that one worker compiles."""
+    assert [tuple(found["case"]) for found in compiled] == list(cases())
+    for found in compiled:
+        module, arch, _, _, fp16, _ = found["case"]
+        assert found["instructions"] == found["expected"], found
+        assert found["types"] == ["f16" if fp16 else "bf16"], found
+        assert found["spills"] == 0 and not found["warnings"], found  # a warning says that wgmma were serialized
+        assert found["shared"] <= SHARED[arch], found
+        if module == "gluon_wgmma":  # the arena is first, and all of it before the barriers
+            assert len(found["barriers"]) >= 12 and min(found["barriers"]) >= found["arena"], found
+
+
+if __name__ == "__main__":
+    compile_all(sys.argv[1])
