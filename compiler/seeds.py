@@ -36,7 +36,7 @@ def draw_seed(weight: SparseWeight) -> int:
     It is apart from torch's generators, so dropout draws the same numbers with and without this backend.
     """
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    rank = shards.replica(weight.param, rank)
+    rank = shards.first_rank(weight.param) if weight.split else rank
     h = _take(_take(_of_micro_step(weight.recipe.seed, weight.step, weight.calls), weight.layer), rank)
     return h - (1 << 64) if h >> 63 else h
 

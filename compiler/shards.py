@@ -5,6 +5,7 @@ The dimensions of a part are multiples of 64, so its 4x4 tiles are tiles of the 
 masks of the parts put together.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -27,9 +28,14 @@ def position(x: Any) -> tuple[int, ...]:
     return tuple(i for i, placement in zip(at, x.placements, strict=True) if placement.is_shard())
 
 
-def replica(x: Any, rank: int) -> int:
-    """The rank that stands for all that hold x together, the first of its mesh; `rank` where one holds all of it."""
-    return int(x.device_mesh.mesh.min()) if is_dtensor(x) else rank
+def first_rank(x: Any) -> int:
+    """The rank that stands for all that hold a DTensor together, the first of its mesh."""
+    return _first_rank(x.device_mesh)
+
+
+@lru_cache(maxsize=64)
+def _first_rank(mesh: Any) -> int:
+    return int(mesh.mesh.min())
 
 
 def like(part: Tensor, x: Any) -> Tensor:

@@ -46,7 +46,8 @@ class SparseWeight:
         global _layers
         self._param = TensorWeakRef(param)
         self.name, self.recipe, self.reason_skipped = name, recipe, reason_skipped
-        self.shape: tuple[int, ...] = tuple(shards.local(param).shape)  # of the part that this rank multiplies by
+        self.split = is_dtensor(param)  # by tensor parallelism: this rank multiplies by a part of it
+        self.shape: tuple[int, ...] = tuple(shards.local(param).shape)  # of that part
         self.wgrad = recipe.wgrad
         self.step = 0
         self.calls = 0  # forwards with gradients since the last optimizer step: the micro-step, part of every seed
@@ -187,7 +188,7 @@ class SparseWeight:
 
     def _stamp(self) -> tuple[int, int]:
         """What changes when the master does: what FSDP gathers shows nothing of it."""
-        if self.shard is None and not is_dtensor(self.param):
+        if self.shard is None and not self.split:
             return stamp(self.param)
         held = self.held if self.shard is None else self.shard.local
         return (self.master._version + held._version, held.data_ptr())
@@ -268,8 +269,9 @@ class SparseWeight:
         counted, mask = state.get("counted"), state.get("mask")
         if counted is not None:
             self._counted = shards.part_of(counted, self.param).to(self.param.device)
-        if self.flips is not None:
-            self.flips //= self._parts  # as if every rank had seen as many; the next refresh counts its own
+        if state.get("flips") is not None:
+            # as if every rank had seen as many; the next refresh counts its own
+            self.flips = state["flips"] // self._parts
         if mask is not None:
             self._keep_mask()
             self._last_mask = shards.part_of(mask, self.param).to(self.param.device)
@@ -429,7 +431,7 @@ def get(param: Tensor) -> SparseWeight | None:
 def register(param: Tensor, weight: SparseWeight) -> None:
     """Make `weight` what is known of a parameter, and of the shards that FSDP gathers it from."""
     if weight.reason_skipped is None:
-        how = "FSDP" if weight.shard is not None else "tensor parallelism" if is_dtensor(param) else None
+        how = "FSDP" if weight.shard is not None else "tensor parallelism" if weight.split else None
         for name, needed in (("recipe", "fst"), ("virtual_flips", False)):
             found = getattr(weight.recipe, name)
             if how is not None and found != needed:

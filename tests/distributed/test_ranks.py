@@ -170,7 +170,7 @@ def test_the_mean_over_data_parallel_ranks_is_unbiased(monkeypatch: pytest.Monke
     from sparse24.kernels import ops
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    weight = SimpleNamespace(recipe=SimpleNamespace(seed=0), step=0, calls=0, layer=1, param=torch.empty(0))
+    weight = SimpleNamespace(recipe=SimpleNamespace(seed=0), step=0, calls=0, layer=1, split=False)
     generator = torch.Generator().manual_seed(0)
     dy, x = (torch.randn(64, 64, generator=generator) for _ in range(2))
     exact, apart, alike = dy.t() @ x, torch.zeros(64, 64), torch.zeros(64, 64)
