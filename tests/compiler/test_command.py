@@ -123,7 +123,7 @@ def test_bench_predicts_without_a_gpu_and_says_so(capsys: pytest.CaptureFixture[
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", "--d", "4096", "--ff", "14336", "--tokens", "16384", "--gated"]) == 0
     out = capsys.readouterr().out
-    assert "predicted for H200 (there is no GPU here)" in out and "28672x4096" in out and "1.39x" in out
+    assert "predicted for H200 (there is no GPU here)" in out and "28672x4096" in out and "1.40x" in out
     assert "gains less" not in out
     assert main(["bench", "--d", "256", "--ff", "1024", "--tokens", "64"]) == 0
     assert "sparse is faster for: nothing; the layer gains 1.00x" in (out := capsys.readouterr().out)
