@@ -55,7 +55,7 @@ def test_the_page_lists_each_variant_with_its_bound(gluon):
     assert rows == {n: f"{gluon.bound(n):.2f}" if gluon.bound(n) else "not predicted" for n in names}
 
 
-@pytest.mark.parametrize("name", ["128x256", "128x128", "mma-128x128"])
+@pytest.mark.parametrize("name", ["128x128", "mma-128x128"])
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [(0.0, ""), (0.5, " off, from "), (float("nan"), " off, from "), (RuntimeError("ptxas"), "RuntimeError: ptxas")],

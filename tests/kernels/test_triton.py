@@ -37,7 +37,7 @@ SPECIAL = [
     2.0**123,
 ]
 FEW = settings(
-    max_examples=8,
+    max_examples=3,
     deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink an example takes minutes under the interpreter
     suppress_health_check=[HealthCheck.function_scoped_fixture],
