@@ -143,10 +143,7 @@ def loss(folder: Path) -> str:
     return markdown(header, cells)
 
 
-def kernels(folder: Path) -> str:
-    saved = _saved(folder / "pack.json")
-    if saved is None:
-        return "No saved results yet: `python benchmarks/pack.py` on a GPU writes them.\n"
+def kernels(saved: Row) -> str:
     cells = []
     for row in saved["rows"]:
         cells.append([f"{row['kernel']}", row["of"].removeprefix("torch."), f"{row['ms']:.4f}"])
@@ -157,10 +154,7 @@ def kernels(folder: Path) -> str:
     return f"{table}\n{said}.\n{made_by(saved['environment'])}"
 
 
-def matmuls(folder: Path) -> str:
-    saved = _saved(folder / "gemm.json")
-    if saved is None:
-        return "No saved results yet: `python benchmarks/gemm.py` on a GPU writes them.\n"
+def matmuls(saved: Row) -> str:
     cells = []
     for row in saved["rows"]:
         by = row["with"] + (f" ({row['provider']} {row['algorithm']})" if row.get("provider") else "")
@@ -171,11 +165,8 @@ def matmuls(folder: Path) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
-def ffn(folder: Path) -> str:
+def ffn(saved: Row) -> str:
     """Forward and backward of one feed-forward layer over its width."""
-    saved = _saved(folder / "ffn.json")
-    if saved is None:
-        return "No saved results yet: `python benchmarks/ffn.py` on a GPU writes them.\n"
     cells = []
     for row in saved["rows"]:
         times = [f"{row['ms'][way]['p50']:.2f}" for way in ("dense", "sparse")]
@@ -184,11 +175,8 @@ def ffn(folder: Path) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
-def inference(folder: Path) -> str:
+def inference(saved: Row) -> str:
     """A pruned block's forward over the number of tokens: time and memory of each way to run it."""
-    saved = _saved(folder / "inference.json")
-    if saved is None:
-        return "No saved results yet: `python benchmarks/inference.py` on a GPU writes them.\n"
     cells = []
     for row in saved["rows"]:
         for name, ms in row["ms"].items():
@@ -198,11 +186,8 @@ def inference(folder: Path) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
-def families(folder: Path) -> str:
+def families(saved: Row) -> str:
     """One step of each model family at a real width."""
-    saved = _saved(folder / "models.json")
-    if saved is None:
-        return "No saved results yet: `python benchmarks/models.py` on a GPU writes them.\n"
     cells = []
     for row in (row for row in saved["rows"] if "error" not in row):
         times = [f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms", f"{row['ratio']:.2f}"]
@@ -212,9 +197,16 @@ def families(folder: Path) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
-def _saved(path: Path) -> Row | None:
-    found: Row | None = json.loads(path.read_text()) if path.exists() else None
-    return found
+def _of(script: str, table: Callable[[Row], str]) -> Callable[[Path], str]:
+    """The table of what benchmarks/`script`.py saved in a folder."""
+
+    def made(folder: Path) -> str:
+        path = folder / f"{script}.json"
+        if path.exists():
+            return table(json.loads(path.read_text()))
+        return f"No saved results yet: `python benchmarks/{script}.py` on a GPU writes them.\n"
+
+    return made
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -222,11 +214,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "first_steps": first_steps,
     "profile": profile,
     "loss": loss,
-    "kernels": kernels,
-    "matmuls": matmuls,
-    "ffn": ffn,
-    "inference": inference,
-    "families": families,
+    "kernels": _of("pack", kernels),
+    "matmuls": _of("gemm", matmuls),
+    "ffn": _of("ffn", ffn),
+    "inference": _of("inference", inference),
+    "families": _of("models", families),
 }
 
 
