@@ -73,18 +73,11 @@ def load_kept(metadata, m, c, rows, cols, ORDER: tl.constexpr):
 
 
 @triton.jit
-def _load_tile_words(words, G: tl.constexpr):
-    """The word of each of [G, G] groups, from pointers to the words of eight groups each."""
-    return tl.reshape(tl.broadcast_to(tl.load(words), [G, G // 8, 2, 2, 2]), [G, G])
+def load_tile_words(metadata, m0, c0, rows, cols, ORDER: tl.constexpr, G: tl.constexpr):
+    """The words that hold the nibbles of a tile of G * G groups, for `masks_of_words`; m0 in multiples of 64, c0 of 16.
 
-
-@triton.jit
-def load_tile_masks(metadata, m0, c0, rows, cols, ORDER: tl.constexpr, G: tl.constexpr):
-    """int32 [G, G], bit 4 * i + l set where lane l of group c0 + g is kept in row m0 + 4 * r + i, i < 4.
-
-    m0 in multiples of 64, c0 of 16. The nibbles of the four rows stand at the same place of four words, from which they
-    are taken together. Words are read once each: so few loads that Triton gives them the layout of the values, and not
-    the values that of the loads.
+    Four, of the four rows of each tile of the mask. Words are read once each: so few loads that Triton gives them the
+    layout of the values, and not the values that of the loads.
     """
     second: tl.constexpr = 2 if ORDER == "sm_90" else 4  # groups from one word to the next, words from row to row
     metadata = _tile_of(metadata, m0, c0, rows, cols, ORDER)
@@ -92,12 +85,26 @@ def load_tile_masks(metadata, m0, c0, rows, cols, ORDER: tl.constexpr, G: tl.con
     word = tl.reshape(tl.arange(0, 2), [1, 1, 1, 2, 1] if ORDER == "sm_90" else [1, 1, 2, 1, 1])
     byte, _ = nibble_address(m, 8 * c8 + second * word, 64, 64, ORDER)
     words = (metadata + (byte & -4)).to(tl.pointer_type(tl.uint32))
-    w0, w1 = _load_tile_words(words, G), _load_tile_words(words + second, G)
-    w2, w3 = _load_tile_words(words + 2 * second, G), _load_tile_words(words + 3 * second, G)
+    return tl.load(words), tl.load(words + second), tl.load(words + 2 * second), tl.load(words + 3 * second)
+
+
+@triton.jit
+def _of_groups(words, G: tl.constexpr):
+    """The word of each of [G, G] groups, from those of eight groups each."""
+    return tl.reshape(tl.broadcast_to(words, [G, G // 8, 2, 2, 2]), [G, G])
+
+
+@triton.jit
+def masks_of_words(words, ORDER: tl.constexpr, G: tl.constexpr):
+    """int32 [G, G], bit 4 * i + l set where lane l of group c0 + g is kept in row m0 + 4 * r + i, i < 4.
+
+    The nibbles of the four rows stand at the same place of four words, from which they are taken together.
+    """
     byte, shift = nibble_address(4 * tl.arange(0, G)[:, None], tl.arange(0, G)[None, :], 64, 64, ORDER)
     of_two = 0x40 + (byte & 3).to(tl.uint32) * 0x11
-    nibbles = select_bytes(select_bytes(w0, w1, of_two), select_bytes(w2, w3, of_two), 0x5410)
-    nibbles = (nibbles >> shift.to(tl.uint32)) & 0x0F0F0F0F
+    low = select_bytes(_of_groups(words[0], G), _of_groups(words[1], G), of_two)
+    high = select_bytes(_of_groups(words[2], G), _of_groups(words[3], G), of_two)
+    nibbles = (select_bytes(low, high, 0x5410) >> shift.to(tl.uint32)) & 0x0F0F0F0F
     nibbles = select_bytes(nibbles | nibbles >> 4, nibbles, 0x20)
     zero = nibbles & 0
     bits = zero | 0x08040201  # a table: byte l is the bit of lane l

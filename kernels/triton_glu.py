@@ -92,6 +92,7 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
         BF=layout.TILE,
         STRIP=_STRIP,
         num_warps=4,
+        maxnreg=80,  # six programs then fit on a multiprocessor, and nothing is spilled
     )
     return packed
 
