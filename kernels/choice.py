@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -118,7 +118,8 @@ def measure(problem: Problem, providers: Sequence[Provider] | None = None) -> Ch
             if isinstance(provider, MaskedDense) or not provider.supports(problem):
                 continue
             for algorithm in _algorithms(provider, problem):
-                ms = _try(provider, problem, packed, x, algorithm, expected)
+                run = partial(provider.run, problem, packed, x, algorithm)
+                ms = _try(run, f"{provider.name} algorithm {algorithm} for {problem}", expected, best)
                 if ms is not None and ms < best:
                     best, fastest = ms, Choice(provider.name, algorithm)
         if fastest.provider == MaskedDense.name:
@@ -151,24 +152,29 @@ def _algorithms(provider: Provider, problem: Problem) -> list[int | None]:
         return []
 
 
-def _try(
-    provider: Provider, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None, expected: Tensor
-) -> float | None:
-    """ms of a candidate, None where it errs or its numbers are wrong in one of three runs."""
+def _try(run: Callable[[], Tensor], name: str, expected: Tensor, best: float) -> float | None:
+    """ms of a candidate, None where it errs, where its numbers are wrong in one of three runs, or where its first runs
+    are much slower than the `best` so far.
+    """
     try:
-        for _ in range(3):
-            y = provider.run(problem, packed, x, algorithm).float()
-            error = (y - expected.float()).norm() / expected.float().norm()
+        for check in range(3):
+            error = _norm(run() - expected) / _norm(expected)
             if not error < TOLERANCE:
-                log.warning("sparse24: struck %s algorithm %s for %s: wrong numbers", provider.name, algorithm, problem)
+                log.warning("sparse24: struck %s: wrong numbers", name)
                 return None
-        return time_ms(lambda: provider.run(problem, packed, x, algorithm), 5)
+            if not check and time_ms(run, 2) > 1.5 * best:
+                return None
+        return time_ms(run, 5)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        log.error("sparse24: measuring %s algorithm %s for %s failed for good", provider.name, algorithm, problem)
+        log.error("sparse24: measuring %s failed for good", name)
         raise  # no memory, or an error after which this process cannot use the GPU
     except RuntimeError as error:
-        log.info("sparse24: struck %s algorithm %s for %s: %s", provider.name, algorithm, problem, error)
+        log.info("sparse24: struck %s: %s", name, error)
         return None
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float32)
 
 
 def time_ms(run: Callable[[], object], repeats: int) -> float:
