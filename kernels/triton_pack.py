@@ -1,8 +1,8 @@
 """Packing weights and their transposes from one read each, and the decay on what is pruned: Triton.
 
 One launch serves all weights of an optimizer step: at small widths a launch each would cost more than sparse matmuls
-gain. A program takes 64x64 tiles that follow each other along a row of tiles of a weight (a segment), into the next row
-and the next weight; a thread holds whole 4x4 tiles, so the search needs no exchange between threads.
+gain. A program takes a strip of 64x64 tiles along a row of a weight, so that programs that run together touch memory
+side by side; a thread holds whole 4x4 tiles, so the search needs no exchange between threads.
 """
 
 from collections.abc import Sequence
@@ -337,16 +337,10 @@ def _pointer(table, i: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr)
 
 
 @triton.jit
-def _segments(starts):
-    """This program's segments, from the first to the last."""
-    return tl.load(starts + tl.program_id(0)), tl.load(starts + tl.program_id(0) + 1)
-
-
-@triton.jit
-def _segment(table, segments, i, FIELDS: tl.constexpr):
-    """The table row of segment i, its tile row, and the tile columns from first to last."""
-    at = segments + 4 * i
-    return table + tl.load(at) * FIELDS, tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+def _strip(table, strips, FIELDS: tl.constexpr):
+    """This program's part: its table row, the tile row, and the tile columns from first to last."""
+    strips += 4 * tl.program_id(0)
+    return table + tl.load(strips) * FIELDS, tl.load(strips + 1), tl.load(strips + 2), tl.load(strips + 3)
 
 
 @triton.jit
@@ -365,8 +359,7 @@ def _strides(table, i: tl.constexpr, UNIT: tl.constexpr):
 @triton.jit
 def pack_weights_kernel(
     table,  # int64 [n, FIELDS], see `_launch_all`
-    segments,  # int32 [m, 4]: table row, tile row, tile columns from first to last
-    starts,  # int32: the first segment of each program, and m
+    strips,  # int32 [m, 4]: for each program the table row, tile row, and tile columns from first to last
     stats,  # int64 [n, 2], zeroed
     SEARCH: tl.constexpr,
     MASTER: tl.constexpr,  # dtype of the weights
@@ -378,100 +371,95 @@ def pack_weights_kernel(
 ):
     BY_WORD: tl.constexpr = UNIT and MASTER == DTYPE and DTYPE.primitive_bitwidth == 16
     G: tl.constexpr = T // 4
-    begin, end = _segments(starts)
-    for segment in range(begin, end):
-        place, tile_row, first, last = _segment(table, segments, segment, FIELDS)
-        row, col, rows, cols = _place(place)
-        w = _pointer(place, 4, MASTER, UNIT)
-        stride_r, stride_c = _strides(place, 5, UNIT)
-        packed = _pointer(place, 7, DTYPE, True)
-        packed_t = _pointer(place, 8, DTYPE, True)
-        found = stats + 2 * tl.load(place + 9)
-        metadata, metadata_t = metadata_of(packed, rows, cols), metadata_of(packed_t, cols, rows)
-        r0 = tile_row * T
-        r = r0 + 4 * tl.arange(0, G)
-        flips, bad = tl.zeros([G, G], tl.int32), tl.zeros([G, G], tl.uint32)
-        if BY_WORD:  # the next tile is on its way while this one is worked on
-            words = w.to(tl.pointer_type(tl.uint64)) + (
-                tl.arange(0, G)[None, :] + r.to(tl.int64)[:, None] * (stride_r // 4)
-            )
-            z0, z1, z2, z3 = _load_lines(words + first.to(tl.int64) * G, stride_r // 4)
-        n0, n1, n2, n3 = load_tile_words(metadata, row + r0, (col + first * T) // 4, rows, cols, ORDER, G)
-        for tile in range(first, last):
-            c0, next_tile = tile * T, tl.minimum(tile + 1, last - 1)
-            if BY_WORD:
-                y0, y1, y2, y3 = _two_words(z0), _two_words(z1), _two_words(z2), _two_words(z3)
-                z0, z1, z2, z3 = _load_lines(words + next_tile.to(tl.int64) * G, stride_r // 4)
-            else:
-                at = w + r.to(tl.int64)[:, None] * stride_r + (c0 + tl.arange(0, T)).to(tl.int64)[None, :] * stride_c
-                x0, x1 = _load_lanes(at), _load_lanes(at + stride_r)
-                x2, x3 = _load_lanes(at + stride_r + stride_r), _load_lanes(at + stride_r + stride_r + stride_r)
-                if DTYPE.primitive_bitwidth == 16:
-                    y0, y1, y2, y3 = _words(x0, DTYPE), _words(x1, DTYPE), _words(x2, DTYPE), _words(x3, DTYPE)
-            mask = masks_of_words((n0, n1, n2, n3), ORDER, G)
-            n0, n1, n2, n3 = load_tile_words(metadata, row + r0, (col + next_tile * T) // 4, rows, cols, ORDER, G)
-            if SEARCH:
-                old = mask
-                if BY_WORD:
-                    x0, x1 = _magnitudes_of_words(y0, DTYPE), _magnitudes_of_words(y1, DTYPE)
-                    x2, x3 = _magnitudes_of_words(y2, DTYPE), _magnitudes_of_words(y3, DTYPE)
-                    mask = _best_mask(x0, x1, x2, x3)
-                else:
-                    mask = _best_mask(_magnitudes(x0), _magnitudes(x1), _magnitudes(x2), _magnitudes(x3))
-                flips += _count_bits(mask ^ old)
-                tl.debug_barrier()  # every thread has read the old metadata before any thread writes the new
+    table, tile_row, first, last = _strip(table, strips, FIELDS)
+    row, col, rows, cols = _place(table)
+    w = _pointer(table, 4, MASTER, UNIT)
+    stride_r, stride_c = _strides(table, 5, UNIT)
+    packed = _pointer(table, 7, DTYPE, True)
+    packed_t = _pointer(table, 8, DTYPE, True)
+    stats += 2 * tl.load(table + 9)
+    metadata, metadata_t = metadata_of(packed, rows, cols), metadata_of(packed_t, cols, rows)
+    r0 = tile_row * T
+    r = r0 + 4 * tl.arange(0, G)
+    flips, bad = tl.zeros([G, G], tl.int32), tl.zeros([G, G], tl.uint32)
+    if BY_WORD:  # the next tile is on its way while this one is worked on
+        words = w.to(tl.pointer_type(tl.uint64)) + (
+            tl.arange(0, G)[None, :] + r.to(tl.int64)[:, None] * (stride_r // 4)
+        )
+        z0, z1, z2, z3 = _load_lines(words + first.to(tl.int64) * G, stride_r // 4)
+    n0, n1, n2, n3 = load_tile_words(metadata, row + r0, (col + first * T) // 4, rows, cols, ORDER, G)
+    for tile in range(first, last):
+        c0, next_tile = tile * T, tl.minimum(tile + 1, last - 1)
+        if BY_WORD:
+            y0, y1, y2, y3 = _two_words(z0), _two_words(z1), _two_words(z2), _two_words(z3)
+            z0, z1, z2, z3 = _load_lines(words + next_tile.to(tl.int64) * G, stride_r // 4)
+        else:
+            at = w + r.to(tl.int64)[:, None] * stride_r + (c0 + tl.arange(0, T)).to(tl.int64)[None, :] * stride_c
+            x0, x1 = _load_lanes(at), _load_lanes(at + stride_r)
+            x2, x3 = _load_lanes(at + stride_r + stride_r), _load_lanes(at + stride_r + stride_r + stride_r)
             if DTYPE.primitive_bitwidth == 16:
-                mask = _beside(mask, y0[0])
-                bad |= _not_finite(y0, y1, y2, y3, DTYPE)
-                v0, v1, v2, v3 = _kept_words(y0, y1, y2, y3, mask)
-            else:
-                mask = _beside(mask, x0[0])
-                probe = (_sum(x0) + _sum(x1)) + (_sum(x2) + _sum(x3))  # NaN where an entry is, or where infinities meet
-                bad |= (probe != probe).to(tl.uint32)
-                v0, v1, v2, v3 = _kept(x0, mask, 0), _kept(x1, mask, 1), _kept(x2, mask, 2), _kept(x3, mask, 3)
-            if BY_WORD:
-                m = row + r[:, None]
-                _store_words(packed, v0, m, (col + c0) // 2, cols, 0)
-                _store_words(packed, v1, m, (col + c0) // 2, cols, 1)
-                _store_words(packed, v2, m, (col + c0) // 2, cols, 2)
-                _store_words(packed, v3, m, (col + c0) // 2, cols, 3)
-            else:
-                _store_lines(packed, _interleave(v0, v1, v2, v3), row + r0, (col + c0) // 2, cols, T, False)
-            if SEARCH:
-                store_tile_nibbles(metadata, _nibbles(mask), row + r0, (col + c0) // 4, rows, cols, ORDER, G)
-
-            mask = _transposed(mask)
-            if DTYPE.primitive_bitwidth == 16:
-                y0, y1, y2, y3 = _columns(y0, y1, y2, y3)
-                v0, v1, v2, v3 = _kept_words(y0, y1, y2, y3, mask)
-            else:
-                v0, v1 = _kept((x0[0], x1[0], x2[0], x3[0]), mask, 0), _kept((x0[1], x1[1], x2[1], x3[1]), mask, 1)
-                v2, v3 = _kept((x0[2], x1[2], x2[2], x3[2]), mask, 2), _kept((x0[3], x1[3], x2[3], x3[3]), mask, 3)
-            _store_lines(packed_t, _interleave(v0, v1, v2, v3), col + c0, (row + r0) // 2, rows, T, True)
-            if SEARCH:
-                store_tile_nibbles(
-                    metadata_t, tl.trans(_nibbles(mask)), col + c0, (row + r0) // 4, cols, rows, ORDER, G
-                )
+                y0, y1, y2, y3 = _words(x0, DTYPE), _words(x1, DTYPE), _words(x2, DTYPE), _words(x3, DTYPE)
+        mask = masks_of_words((n0, n1, n2, n3), ORDER, G)
+        n0, n1, n2, n3 = load_tile_words(metadata, row + r0, (col + next_tile * T) // 4, rows, cols, ORDER, G)
         if SEARCH:
-            changed = tl.sum(flips)
-            if changed > 0:
-                tl.atomic_add(found, changed.to(tl.int64), sem="relaxed")
-        if tl.max((bad != 0).to(tl.int32)) != 0:  # rarely: only then is it counted
-            nans = tl.zeros([], tl.int32)
-            for tile in range(first, last):
-                cols_of_tile = (tile * T + tl.arange(0, T)).to(tl.int64)
-                at = w + (r0 + tl.arange(0, T)).to(tl.int64)[:, None] * stride_r + cols_of_tile[None, :] * stride_c
-                x = tl.load(at).to(tl.float32)  # the interpreter compares bf16 as integers
-                nans += tl.sum((x != x).to(tl.int32))
-            if nans > 0:
-                tl.atomic_add(found + 1, nans.to(tl.int64), sem="relaxed")
+            old = mask
+            if BY_WORD:
+                x0, x1 = _magnitudes_of_words(y0, DTYPE), _magnitudes_of_words(y1, DTYPE)
+                x2, x3 = _magnitudes_of_words(y2, DTYPE), _magnitudes_of_words(y3, DTYPE)
+                mask = _best_mask(x0, x1, x2, x3)
+            else:
+                mask = _best_mask(_magnitudes(x0), _magnitudes(x1), _magnitudes(x2), _magnitudes(x3))
+            flips += _count_bits(mask ^ old)
+            tl.debug_barrier()  # every thread has read the old metadata before any thread writes the new
+        if DTYPE.primitive_bitwidth == 16:
+            mask = _beside(mask, y0[0])
+            bad |= _not_finite(y0, y1, y2, y3, DTYPE)
+            v0, v1, v2, v3 = _kept_words(y0, y1, y2, y3, mask)
+        else:
+            mask = _beside(mask, x0[0])
+            probe = (_sum(x0) + _sum(x1)) + (_sum(x2) + _sum(x3))  # NaN where an entry is, or where infinities meet
+            bad |= (probe != probe).to(tl.uint32)
+            v0, v1, v2, v3 = _kept(x0, mask, 0), _kept(x1, mask, 1), _kept(x2, mask, 2), _kept(x3, mask, 3)
+        if BY_WORD:
+            m = row + r[:, None]
+            _store_words(packed, v0, m, (col + c0) // 2, cols, 0)
+            _store_words(packed, v1, m, (col + c0) // 2, cols, 1)
+            _store_words(packed, v2, m, (col + c0) // 2, cols, 2)
+            _store_words(packed, v3, m, (col + c0) // 2, cols, 3)
+        else:
+            _store_lines(packed, _interleave(v0, v1, v2, v3), row + r0, (col + c0) // 2, cols, T, False)
+        if SEARCH:
+            store_tile_nibbles(metadata, _nibbles(mask), row + r0, (col + c0) // 4, rows, cols, ORDER, G)
+
+        mask = _transposed(mask)
+        if DTYPE.primitive_bitwidth == 16:
+            y0, y1, y2, y3 = _columns(y0, y1, y2, y3)
+            v0, v1, v2, v3 = _kept_words(y0, y1, y2, y3, mask)
+        else:
+            v0, v1 = _kept((x0[0], x1[0], x2[0], x3[0]), mask, 0), _kept((x0[1], x1[1], x2[1], x3[1]), mask, 1)
+            v2, v3 = _kept((x0[2], x1[2], x2[2], x3[2]), mask, 2), _kept((x0[3], x1[3], x2[3], x3[3]), mask, 3)
+        _store_lines(packed_t, _interleave(v0, v1, v2, v3), col + c0, (row + r0) // 2, rows, T, True)
+        if SEARCH:
+            store_tile_nibbles(metadata_t, tl.trans(_nibbles(mask)), col + c0, (row + r0) // 4, cols, rows, ORDER, G)
+    if SEARCH:
+        changed = tl.sum(flips)
+        if changed > 0:
+            tl.atomic_add(stats, changed.to(tl.int64), sem="relaxed")
+    if tl.max((bad != 0).to(tl.int32)) != 0:  # rarely: only then is it counted
+        nans = tl.zeros([], tl.int32)
+        for tile in range(first, last):
+            cols_of_tile = (tile * T + tl.arange(0, T)).to(tl.int64)
+            at = w + (r0 + tl.arange(0, T)).to(tl.int64)[:, None] * stride_r + cols_of_tile[None, :] * stride_c
+            x = tl.load(at).to(tl.float32)  # the interpreter compares bf16 as integers
+            nans += tl.sum((x != x).to(tl.int32))
+        if nans > 0:
+            tl.atomic_add(stats + 1, nans.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
 def masked_decay_kernel(
     table,  # int64 [n, FIELDS], see `_launch_all`
-    segments,  # as in pack_weights_kernel
-    starts,
+    strips,  # int32 [m, 4]: for each program the table row, tile row, and tile columns from first to last
     decay,
     MASTER: tl.constexpr,  # dtype of the weights
     DTYPE: tl.constexpr,  # of the packed forms
@@ -482,29 +470,27 @@ def masked_decay_kernel(
     T: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
+    table, tile_row, first, last = _strip(table, strips, FIELDS)
+    row, col, rows, cols = _place(table)
+    w = _pointer(table, 4, MASTER, UNIT)
+    w_r, w_c = _strides(table, 5, UNIT)
+    metadata = metadata_of(_pointer(table, 7, DTYPE, True), rows, cols)
+    grad = _pointer(table, 8, GRAD, UNIT_GRAD)
+    grad_r, grad_c = _strides(table, 9, UNIT_GRAD)
+    r = tile_row * T + tl.arange(0, T)
     lane = tl.arange(0, 4)[None, None, :]
-    begin, end = _segments(starts)
-    for segment in range(begin, end):
-        place, tile_row, first, last = _segment(table, segments, segment, FIELDS)
-        row, col, rows, cols = _place(place)
-        w = _pointer(place, 4, MASTER, UNIT)
-        w_r, w_c = _strides(place, 5, UNIT)
-        metadata = metadata_of(_pointer(place, 7, DTYPE, True), rows, cols)
-        grad = _pointer(place, 8, GRAD, UNIT_GRAD)
-        grad_r, grad_c = _strides(place, 9, UNIT_GRAD)
-        r = tile_row * T + tl.arange(0, T)
-        for tile in range(first, last):
-            g = tile * (T // 4) + tl.arange(0, T // 4)
-            kept = load_kept(metadata, (row + r)[:, None], (col // 4 + g)[None, :], rows, cols, ORDER)
-            m, c = r.to(tl.int64)[:, None], (tile * T + tl.arange(0, T)).to(tl.int64)[None, :]
-            at = grad + m * grad_r + c * grad_c
-            x = tl.reshape(tl.load(w + m * w_r + c * w_c), [T, T // 4, 4]).to(tl.float32)
-            pruned = tl.reshape(tl.where((kept[:, :, None] >> lane) & 1 != 0, 0.0, x), [T, T])
-            tl.store(at, (tl.load(at).to(tl.float32) + tl.cast(decay, tl.float32) * pruned).to(GRAD))
+    for tile in range(first, last):
+        g = tile * (T // 4) + tl.arange(0, T // 4)
+        kept = load_kept(metadata, (row + r)[:, None], (col // 4 + g)[None, :], rows, cols, ORDER)
+        m, c = r.to(tl.int64)[:, None], (tile * T + tl.arange(0, T)).to(tl.int64)[None, :]
+        at = grad + m * grad_r + c * grad_c
+        x = tl.reshape(tl.load(w + m * w_r + c * w_c), [T, T // 4, 4]).to(tl.float32)
+        pruned = tl.reshape(tl.where((kept[:, :, None] >> lane) & 1 != 0, 0.0, x), [T, T])
+        tl.store(at, (tl.load(at).to(tl.float32) + tl.cast(decay, tl.float32) * pruned).to(GRAD))
 
 
 _AT_ONCE = 5  # programs of the packing kernel that run at once on a multiprocessor
-_TILES = 24  # of a program, at most
+_LONGEST = 8  # tiles of a strip
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -536,54 +522,46 @@ def _unit(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
-@lru_cache(maxsize=256)  # the addresses are part of the key: what is stale is never found
-def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The table, the segments and where each program's begin, on the device (`_launch_all`).
+@lru_cache(maxsize=256)
+def _strips(tiles: tuple[tuple[int, int], ...], at_once: int) -> Tensor:
+    """int32 [m, 4], of weights of so many tiles (down, across): table row, tile row, first and last tile column.
 
-    Made anew for each stream, which has to wait for their copy. All programs have the same number of tiles, which
-    follow each other: were a program a row of tiles, the last ones would run beside idle multiprocessors.
+    Long strips, so that the next tile can be loaded while one is worked on; shorter ones towards the end, where no more
+    than `at_once` programs are left: the last ones would run beside idle multiprocessors.
     """
-    total = sum(down * across for down, across, *_ in rows)
-    share = -(-total // _programs(total, device))
-    segments, starts, left = list[tuple[int, int, int, int]](), [0], share
-    for i, (down, across, *_) in enumerate(rows):
-        for tile_row in range(down):
-            first = 0
-            while first < across:
-                last = min(first + left, across)
-                segments.append((i, tile_row, first, last))
-                left -= last - first
-                first = last
-                if not left:
-                    starts.append(len(segments))
-                    left = share
-    if left < share:
-        starts.append(len(segments))
-    table = torch.tensor([row[2:] for row in rows], dtype=torch.int64)
-    host = table, torch.tensor(segments, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32)
+    down, across = torch.tensor(tiles).unbind(1)
+    weight = torch.repeat_interleave(down)  # of each row of tiles
+    across = across[weight]
+    left = across.flip(0).cumsum(0).flip(0)
+    parts = -(across // -(left // at_once).clamp(1, _LONGEST))
+    row = torch.repeat_interleave(parts)  # of each strip
+    part = torch.arange(len(row)) - (parts.cumsum(0) - parts)[row]
+    first, last = part * across[row] // parts[row], (part + 1) * across[row] // parts[row]
+    tile_row = torch.arange(len(weight)) - (down.cumsum(0) - down)[weight]
+    return torch.stack([weight[row], tile_row[row], first, last], 1).int()
+
+
+@lru_cache(maxsize=256)  # the addresses are part of the key: what is stale is never found
+def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+    """The table and the strips on the device; made anew for each stream, which has to wait for their copy."""
+    table = torch.tensor([row[2:] for row in rows])
+    tiles = tuple(row[:2] for row in rows)
     if device.type != "cuda":
-        return host
-    moved = [x.pin_memory().to(device, non_blocking=True) for x in host]
-    return moved[0], moved[1], moved[2]
-
-
-def _programs(tiles: int, device: torch.device) -> int:
-    """How many programs share so many tiles: all that run at once, or several times as many, of _TILES or fewer."""
-    at_once = _AT_ONCE
-    if device.type == "cuda":
-        at_once *= torch.cuda.get_device_properties(device).multi_processor_count
-    return at_once * max(1, -(-tiles // (at_once * _TILES)))
+        return table, _strips(tiles, 1)
+    at_once = _AT_ONCE * torch.cuda.get_device_properties(device).multi_processor_count
+    moved = [x.pin_memory().to(device, non_blocking=True) for x in (table, _strips(tiles, at_once))]
+    return moved[0], moved[1]
 
 
 def _launch_all(kernel: Any, rows: list[tuple[int, ...]], device: torch.device, *args: Any, **constants: Any) -> None:
-    """One launch for many weights; rows: the tiles down and across of each, then the fields of its table row."""
+    """One program for each strip of each weight; rows: tiles down and across, then the fields of the table row."""
     rows = [row for row in rows if row[0] and row[1]]
     if not rows:
         return
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    table, segments, starts = _tables(device, stream, tuple(rows))
+    table, strips = _tables(device, stream, tuple(rows))
     constants |= {"T": layout.TILE, "FIELDS": table.shape[1], "ORDER": layout.metadata_order(device)}
-    launch(kernel, (starts.shape[0] - 1,), device, table, segments, starts, *args, **constants)
+    launch(kernel, (strips.shape[0],), device, table, strips, *args, **constants)
 
 
 def _row_of(block: Block) -> tuple[int, ...]:
@@ -606,8 +584,10 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
         launches.setdefault(key, []).append((*_row_of(block), block.packed_t.data_ptr(), i))
     for (master, dtype, unit), rows in launches.items():
         kinds = {"MASTER": _TRITON[master], "DTYPE": _TRITON[dtype], "UNIT": unit}
-        if unit:
+        if unit and master == dtype:
             kinds["maxnreg"] = 96  # _AT_ONCE programs then fit on a multiprocessor, and nothing is spilled
+        elif unit and search:
+            kinds["maxnreg"] = 128
         _launch_all(pack_weights_kernel, rows, device, stats, SEARCH=search, **kinds, num_warps=4)
     return stats
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ORDERS = {90: "sm_90", 80: "sm_80"}
-TABLE = {"T": 64, "STRIP": 4, "FIELDS": 12}
+TABLE = {"T": 64, "FIELDS": 10}
 TOKENS = {"BT": 64, "BF": 64, "STRIP": 4}
 SWIGLU = {"KIND": "silu", "GATED": True, "HAS_BIAS": True}
 POINTERS = {"sums": "fp32", "stats": "i64", "seeds": "i64", "table": "i64", "strips": "i32"}
@@ -26,8 +26,15 @@ UNALIGNED = ("tokens", "index", "decay")
 
 def limit(kernel, constants):
     """Registers as they are launched: more programs then fit at a time."""
-    search = constants.get("SEARCH") and constants["UNIT"]
-    return {"maxnreg": 128} if search or kernel == "glu_backward_pack_kernel" else {}
+    if kernel == "pack_weights_kernel" and constants["UNIT"]:
+        return (
+            {"maxnreg": 96}
+            if constants["MASTER"] == constants["DTYPE"]
+            else {"maxnreg": 128}
+            if constants["SEARCH"]
+            else {}
+        )
+    return {"pack_gradient_kernel": {"maxnreg": 80}, "glu_backward_pack_kernel": {"maxnreg": 128}}.get(kernel, {})
 
 
 def cases(arch):
@@ -37,7 +44,10 @@ def cases(arch):
         constants = {"MASTER": FP32, "DTYPE": BF16, "UNIT": unit, **order, **TABLE}
         yield "triton_pack", "pack_weights_kernel", {"SEARCH": True, **constants}, 4
         yield "triton_pack", "pack_weights_kernel", {"SEARCH": False, **constants}, 4
-        yield "triton_pack", "masked_decay_kernel", {"GRAD": FP32, "UNIT_GRAD": unit, **constants, "FIELDS": 13}, 8
+        yield "triton_pack", "masked_decay_kernel", {"GRAD": FP32, "UNIT_GRAD": unit, **constants, "FIELDS": 11}, 8
+    for search in (True, False):
+        constants = {"SEARCH": search, "MASTER": BF16, "DTYPE": BF16, "UNIT": True, **order, **TABLE}
+        yield "triton_pack", "pack_weights_kernel", constants, 4
     yield "triton_glu", "pack_gradient_kernel", {**order, **TOKENS}, 4
     yield "triton_glu", "glu_backward_pack_kernel", {**SWIGLU, **order, **TOKENS}, 4
     if arch == 90:  # the order of the metadata is all that differs
