@@ -35,12 +35,13 @@ sanitize:
 	mkdir -p benchmarks/results
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python -m pytest -q -W ignore tests/gpu/test_kernels.py -k "bytes_of_the_twin or to_rounding or every_provider or decay" $(ARGS) 2>&1 | tee benchmarks/results/sanitizer.log
 
-# Every number of README and docs anew, on the GPU at hand: an hour.
+# Every number of README and docs anew, on the GPU at hand: over an hour. ARGS=--resume goes on after a run that was cut.
 bench:
-	rm -f $(RESULTS)/step_*.json
-	python benchmarks/step.py --layers ffn all --profile --models llama3-8b-width llama-1b-width --out $(RESULTS)/step_llama.json
-	python benchmarks/step.py --layers ffn --models gpt2-xl-width gpt2-large-width gpt2-medium-width gpt2-small vit-l bert-base --out $(RESULTS)/step_others.json
-	for script in gemm pack ffn memory compile_time inference models; do python benchmarks/$$script.py --out $(RESULTS)/$$script.json; done
+	$(if $(ARGS),,rm -f $(RESULTS)/step*.json)
+	python benchmarks/step.py --layers ffn all --profile --models llama3-8b-width llama-1b-width --out $(RESULTS)/step_llama.json $(ARGS)
+	python benchmarks/step.py --layers ffn --models gpt2-xl-width gpt2-large-width gpt2-medium-width gpt2-small vit-l bert-base --out $(RESULTS)/step_others.json $(ARGS)
+	for script in gemm ffn models; do python benchmarks/$$script.py --out $(RESULTS)/$$script.json $(ARGS); done
+	for script in pack memory compile_time inference; do python benchmarks/$$script.py --out $(RESULTS)/$$script.json; done
 	python benchmarks/tables.py
 
 # mypy reads a copy of the packages laid out as they are installed; its messages name the true files.

@@ -55,6 +55,31 @@ def save(path: Path, payload: dict[str, Any]) -> None:
     print(f"wrote {path}")
 
 
+class Rows:
+    """The rows of a result, saved as each comes: a script that was cut has lost what it was measuring only.
+
+    key: the fields that tell what a row is of. resume: begin with the rows of an earlier run in `path`, but for those
+    that failed. Raises SystemExit where that ran on another GPU or other versions: its rows would not compare.
+    """
+
+    def __init__(self, path: Path, key: tuple[str, ...], resume: bool = False, **head: Any) -> None:
+        self.path, self.key, self.head, self.rows = path, key, head, list[dict[str, Any]]()
+        if resume and path.exists():
+            saved, here = json.loads(path.read_text()), environment()
+            for name in ("gpu", "torch", "triton", "cusparselt"):
+                if saved["environment"][name] != here[name]:
+                    found = f"{name} {saved['environment'][name]!r}, is {here[name]!r}"
+                    raise SystemExit(f"{path} was measured with {found}; leave out --resume, or give another --out")
+            self.rows = [row for row in saved["rows"] if "error" not in row]
+
+    def __contains__(self, values: tuple[Any, ...]) -> bool:
+        return any(tuple(row[name] for name in self.key) == values for row in self.rows)
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        self.rows += rows
+        save(self.path, {**self.head, "rows": self.rows})
+
+
 def timed(run: Callable[[], Any], n: int) -> float:
     """ms a call over n calls, by events on the GPU, or by the clock where there is none."""
     if not torch.cuda.is_available():
@@ -93,7 +118,9 @@ def percentiles(times: list[float]) -> dict[str, float]:
     return dict(zip(("p20", "p50", "p80"), at, strict=True))
 
 
-def parser(description: str | None, default: str) -> argparse.ArgumentParser:
+def parser(description: str | None, default: str, resumable: bool = False) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", type=Path, default=RESULTS / default, help="file the result is written to")
+    if resumable:
+        p.add_argument("--resume", action="store_true", help="measure only what --out does not hold yet")
     return p

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import environment, in_turns, parser, percentiles, save
+from common import Rows, environment, in_turns, parser, percentiles
 from torch import Tensor, nn
 
 
@@ -60,7 +60,7 @@ def kernels(step: Callable[[], None]) -> list[str]:
 
 
 def main() -> None:
-    p = parser(__doc__, "ffn.json")
+    p = parser(__doc__, "ffn.json", resumable=True)
     p.add_argument("--widths", type=int, nargs="+", default=[768, 1024, 1280, 1600, 2048, 3072, 4096, 6144, 8192])
     p.add_argument("--tokens", type=int, default=16384, help="tokens of the input")
     p.add_argument("--when", default="always", choices=["faster", "always"], help="the recipe's option")
@@ -68,11 +68,13 @@ def main() -> None:
     args = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inner = {"inner": "eager"} if args.tiny else {}
-    rows: list[dict[str, Any]] = []
+    rows = Rows(args.out, ("d", "kind"), args.resume, when=args.when)
     print(environment())
     print(f"{'d':>6s} {'kind':6s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'bound ms':>9s}")
     for d in [192] if args.tiny else args.widths:
         for kind in ("gelu", "gated"):
+            if (d, kind) in rows:
+                continue
             torch._dynamo.reset()
             model = FeedForward(d, kind == "gated").to(device, torch.bfloat16)
             x = torch.randn(128 if args.tiny else args.tokens, d, device=device).bfloat16().requires_grad_()
@@ -87,10 +89,9 @@ def main() -> None:
             row["ratio"] = ms["dense"]["p50"] / ms["sparse"]["p50"]
             row["bound_ms"] = bound_ms(x.shape[0], d, model.up.out_features, kind == "gated")
             row["kernels"] = kernels(runs["sparse"])
-            rows.append(row)
             numbers = f"{ms['dense']['p50']:9.3f} {ms['sparse']['p50']:9.3f} {row['ratio']:6.3f} {row['bound_ms']:9.3f}"
             print(f"{d:6d} {kind:6s} {numbers}", flush=True)
-            save(args.out, {"when": args.when, "rows": rows})
+            rows.add(row)
             del runs, model
             gc.collect()
             torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import environment, in_turns, parser, percentiles, save, timed
+from common import Rows, environment, in_turns, parser, percentiles, timed
 
 from sparse24.kernels import choice, layout, ops, reference
 from sparse24.kernels.providers import Gluon, Problem
@@ -84,21 +84,24 @@ def wgrad(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str, 
 
 
 def main() -> None:
-    p = parser(__doc__, "gemm.json")
+    p = parser(__doc__, "gemm.json", resumable=True)
     p.add_argument("--tokens", type=int, default=16384, help="tokens of the inputs")
     p.add_argument("--tiny", action="store_true", help="one small shape, to try the script on a CPU")
     args = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[dict[str, Any]] = []
+    rows = Rows(args.out, ("k", "f", "matmul"), args.resume)
     print(environment())
     numbers = f"{'ms':>8s} {'ratio':>6s} {'of peak':>8s} {'cold ms':>8s} {'host':>5s}"
     print(f"{'K':>6s} {'F':>6s} {'matmul':8s} {'with':16s} {numbers}")
     for k, f in [(128, 256)] if args.tiny else SHAPES:
         tokens = 128 if args.tiny else args.tokens
         for name, make in (("forward", forward), ("wgrad", wgrad), ("dgrad", forward)):
+            if (k, f, name) in rows:
+                continue
             problem, runs = make(*((f, k) if name == "dgrad" else (k, f)), tokens, device)
             chosen = choice.choose(problem)
             times = in_turns(runs, 5, 2 if args.tiny else 20, 0.0 if args.tiny else 2.0)
+            found = []
             dense = percentiles(times["dense"])["p50"]
             for provider, run in runs.items():
                 ms = percentiles(times[provider])
@@ -107,12 +110,12 @@ def main() -> None:
                 row |= {"ratio": dense / ms["p50"], "of_peak": share, "cold_ms": cold(run), "host_us": host_us(run)}
                 if provider == "sparse24":
                     row |= {"provider": chosen.provider, "algorithm": chosen.algorithm}
-                rows.append(row)
+                found.append(row)
                 numbers = (
                     f"{ms['p50']:8.4f} {row['ratio']:6.2f} {share:8.2f} {row['cold_ms']:8.4f} {row['host_us']:5.0f}"
                 )
                 print(f"{k:6d} {f:6d} {name:8s} {provider:16s} {numbers}", flush=True)
-            save(args.out, {"rows": rows})
+            rows.add(*found)
 
 
 if __name__ == "__main__":

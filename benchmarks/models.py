@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
-from common import environment, parser, percentiles, save  # noqa: E402
+from common import Rows, environment, parser, percentiles  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 LAYERS, VOCAB = 2, 8192
@@ -290,7 +290,7 @@ def compare(name: str, sizes: Sizes, options: dict[str, Any], turns: int, steps:
 
 
 def main() -> None:
-    p = parser(__doc__, "models.json")
+    p = parser(__doc__, "models.json", resumable=True)
     p.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="which families")
     p.add_argument("--tokens", type=int, default=32768, help="tokens (or patches) a step")
     p.add_argument("--turns", type=int, default=4, help="how often the two models run in turns")
@@ -304,15 +304,17 @@ def main() -> None:
     p.add_argument("--tiny", action="store_true", help="small sizes, to try the script on a CPU")
     args = p.parse_args()
     options = {"layers": args.layers, "when": args.when, "inner": args.inner}
-    rows: list[dict[str, Any]] = []
+    rows = Rows(args.out, ("model",), args.resume)
     print(environment())
     print(
         f"{'model':16s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'loss diff':>9s}  sparse weights", flush=True
     )
     began = time.perf_counter()
     for name in args.models:
+        if (name,) in rows:
+            continue
         if time.perf_counter() - began > args.seconds:
-            rows.append({"model": name, "error": f"not run: {args.seconds:.0f} s had passed"})
+            rows.add({"model": name, "error": f"not run: {args.seconds:.0f} s had passed"})
             continue
         try:
             row = compare(name, Sizes(args.tokens, args.tiny), options, args.turns, args.steps)
@@ -324,14 +326,12 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             row = {"model": name, "error": f"{type(error).__name__}: {str(error)[:500]}"}
-        rows.append(row)
-        save(args.out, {"rows": rows})
+        rows.add(row)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    save(args.out, {"rows": rows})
-    slower = [row["model"] for row in rows if row.get("slower")]
-    failed = [row["model"] for row in rows if "error" in row]
+    slower = [row["model"] for row in rows.rows if row.get("slower")]
+    failed = [row["model"] for row in rows.rows if "error" in row]
     print(f"slower than dense: {', '.join(slower) or 'none'}; failed: {', '.join(failed) or 'none'}")
 
 

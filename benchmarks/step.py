@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common import environment, parser, percentiles, save, timed
+from common import Rows, environment, parser, percentiles, timed
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,13 +204,13 @@ def compare(name: str, layers: str, options: dict[str, Any], with_profile: bool)
 
 
 def main() -> None:
-    p = parser(__doc__, "step.json")
+    p = parser(__doc__, "step.json", resumable=True)
     p.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="which models")
     p.add_argument("--layers", nargs="+", default=["ffn", "all"], help="which linears are sparse")
     p.add_argument("--when", default="faster", choices=["faster", "always"], help="the recipe's option")
     p.add_argument("--profile", action="store_true", help="add the time of each kernel")
     args = p.parse_args()
-    rows = []
+    rows = Rows(args.out, ("model", "layers"), args.resume)
     print(environment())
     print(
         f"{'model':20s} {'layers':6s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'micro':>6s}  sparse weights",
@@ -218,14 +218,15 @@ def main() -> None:
     )
     for name in args.models:
         for layers in args.layers:
+            if (name, layers) in rows:
+                continue
             row = compare(name, layers, {"when": args.when}, args.profile)
-            rows.append(row)
             print(
                 f"{name:20s} {layers:6s} {row['dense_ms']:9.2f} {row['sparse_ms']:9.2f} {row['ratio']:6.3f} "
                 f"{row['micro_ratio']:6.3f}  {row['sparse_weights']}",
                 flush=True,
             )
-            save(args.out, {"rows": rows})
+            rows.add(row)
             gc.collect()
             torch.cuda.empty_cache()
 

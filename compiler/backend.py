@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..kernels import providers
-from ..kernels.gain import gain
+from ..kernels import ahead, providers
+from ..kernels.gain import Layer, gain, measure_matmuls
 from ..passes.find import Linear, find_linears
 from ..passes.graph import copy_of
 from ..passes.parallel import is_dtensor
@@ -114,6 +114,8 @@ def read(
         return tidied, [], set()
     linears = [replace(x, dtype=autocast) if autocast and x.dtype == torch.float32 else x for x in linears]
     together = _together(tidied, linears, recipe)
+    trained = [linear for linear in linears if linear.reason is None and linear.weight not in ready]
+    _measure_matmuls(trained, together, weight_of, recipe)
     decided = []
     for linear in linears:
         if linear.weight in ready:
@@ -369,12 +371,58 @@ def ineligible(param: Any) -> str | None:
     return reason
 
 
+def _measure_matmuls(
+    linears: Sequence[Linear],
+    together: Mapping[Linear, tuple[int, str | None]],
+    weight_of: Callable[[str], Any],
+    recipe: Recipe,
+) -> None:
+    """Compile the kernels of linears that may become sparse in other processes, and measure matmuls meanwhile."""
+    if recipe.recipe == "s-ste":
+        return
+    layers = {linear: _layer(weight_of(linear.weight), linear, together[linear], recipe) for linear in linears}
+    for device in {layer.device for layer in layers.values()}:
+        alike = {(m.dtype, m.master, m.wgrad, m.kind, m.bias) for m in layers.values() if m.device == device}
+        ahead.start([call for one in alike for call in ahead.calls_of(*one)], device)
+    for linear, layer in layers.items():
+        if _settled(weight_of(linear.weight), linear, recipe) is None:
+            measure_matmuls(layer)
+
+
+def _layer(param: Tensor, linear: Linear, together: tuple[int, str | None], recipe: Recipe) -> Layer:
+    rows, kind = together
+    of = (rows, linear.in_features, linear.tokens, linear.dtype, param.dtype, param.device)
+    return Layer(*of, recipe.wgrad, kind, linear.bias)
+
+
 def _by_speed(param: Tensor, linear: Linear, together: tuple[int, str | None], recipe: Recipe) -> Linear:
     """The linear with why it stays dense, if it does, and its way of taking the weight gradient.
 
     together: out_features of the matmul that it and its neighbours become, and its activation; what is measured is that
-    matmul, so the neighbours find the same. A weight is decided on once: another graph, another number of tokens or a
-    resumed run too. Of ranks that measure the same problem the first one's decision holds for all.
+    matmul, so the neighbours find the same. Of ranks that measure the same problem the first one's decision holds for
+    all.
+    """
+    settled = _settled(param, linear, recipe)
+    if settled is not None:
+        return settled
+    layer = _layer(param, linear, together, recipe)
+    reason, wgrad = None, recipe.wgrad
+    try:
+        found = gain(layer)
+        wgrad = found.wgrad
+        if not found.faster:
+            reason = f"{weights.SLOWER}, {found.dense_ms:.2f} ms a step against {found.sparse_ms:.2f} ms"
+    except torch.OutOfMemoryError:
+        log.warning("sparse24: %s: no memory is left to measure whether it gains; it is sparse", linear.name)
+    alike = layer._replace(device=torch.device(layer.device.type))  # of every rank
+    reason, wgrad = json.loads(first_of(f"gain {alike}", json.dumps([reason, wgrad])))
+    return replace(linear, reason=reason) if reason else replace(linear, wgrad=wgrad)
+
+
+def _settled(param: Tensor, linear: Linear, recipe: Recipe) -> Linear | None:
+    """The linear where nothing has to be measured for it, else None.
+
+    A weight is decided on once: another graph, another number of tokens or a resumed run too.
     """
     known = weights.get(param)
     if known is not None and known.recipe == recipe and known.decided and not known.pruned:
@@ -385,20 +433,7 @@ def _by_speed(param: Tensor, linear: Linear, together: tuple[int, str | None], r
     if recipe.when == "always" or recipe.recipe == "s-ste":
         return replace(linear, wgrad=recipe.wgrad)
     slow = providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
-    if slow is not None:
-        return replace(linear, reason=slow)
-    rows, kind = together
-    problem = (rows, linear.in_features, linear.tokens, linear.dtype, param.dtype)
-    reason, wgrad = None, recipe.wgrad
-    try:
-        found = gain(*problem, param.device, recipe.wgrad, kind)
-        wgrad = found.wgrad
-        if not found.faster:
-            reason = f"{weights.SLOWER}, {found.dense_ms:.2f} ms a step against {found.sparse_ms:.2f} ms"
-    except torch.OutOfMemoryError:
-        log.warning("sparse24: %s: no memory is left to measure whether it gains; it is sparse", linear.name)
-    reason, wgrad = json.loads(first_of(f"gain {problem} {recipe.wgrad} {kind}", json.dumps([reason, wgrad])))
-    return replace(linear, reason=reason) if reason else replace(linear, wgrad=wgrad)
+    return None if slow is None else replace(linear, reason=slow)
 
 
 def _is_dynamic(placeholder: torch.fx.Node) -> bool:

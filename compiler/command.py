@@ -13,6 +13,7 @@ from torch import nn
 
 from ..kernels import cost
 from ..kernels.cost import Cost
+from ..kernels.gain import Layer
 from ..kernels.providers import why_slow
 from .doctor import checks
 from .errors import OptionError
@@ -202,7 +203,7 @@ def _bench(args: argparse.Namespace) -> int:
         where = f"measured on {torch.cuda.get_device_name(device)}"
         kinds = {up: "swiglu" if args.gated else "gelu", "down": None}
         costs = {
-            n: cost.measured(rows, cols, args.tokens, dtype, master, device, args.wgrad, kinds[n])
+            n: cost.measured(Layer(rows, cols, args.tokens, dtype, master, device, args.wgrad, kinds[n]))
             for n, (rows, cols) in shapes.items()
         }
     else:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from ..kernels import cost, layout
 from ..kernels.cost import Cost
+from ..kernels.gain import Layer
 from ..kernels.providers import why_slow
 from ..passes import graph as g
 from ..passes.activation import GATED_KINDS, match
@@ -146,8 +147,8 @@ def _cost(linear: Linear, group: Group, param: Tensor | None, recipe: Recipe, ra
     rows, cols = sum(m.out_features for m in group.linears), linear.in_features
     candidate = linear.reason is None or linear.reason.startswith(weights.SLOWER)
     if candidate and param.device.type == "cuda" and why_slow(rows, cols, linear.dtype, param.device) is None:
-        shape = rows, cols, linear.tokens
-        found = cost.measured(*shape, linear.dtype, param.dtype, param.device, recipe.wgrad, group.kind)
+        of = rows, cols, linear.tokens, linear.dtype, param.dtype, param.device
+        found = cost.measured(Layer(*of, recipe.wgrad, group.kind, linear.bias))
     else:
         found = cost.predicted(rows, cols, linear.tokens, param.dtype, rates, recipe.wgrad)
     part = linear.out_features / rows

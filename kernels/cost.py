@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from . import choice, layout
-from .gain import MARGIN, gain
-from .providers import CusparseLt, MaskedDense, Problem
+from . import layout
+from .gain import MARGIN, Layer, gain, matmuls
+from .providers import CusparseLt, MaskedDense
 from .reference import padded
 
 
@@ -79,21 +79,10 @@ def gpu_named(name: str) -> Gpu:
     return GPUS[name]
 
 
-def measured(
-    rows: int,
-    cols: int,
-    tokens: int,
-    dtype: torch.dtype,
-    master: torch.dtype,
-    device: torch.device,
-    wgrad: str,
-    kind: str | None = None,
-) -> Cost:
-    """Cost of a weight [rows, cols] on a GPU; arguments as `gain` takes them, whose measurements these are."""
-    forward = choice.choose(Problem("spmm", rows, cols, tokens, dtype, device))
-    dgrad = choice.choose(Problem("spmm", cols, rows, tokens, dtype, device))
-    product = choice.choose(Problem("wgrad", rows, padded(tokens), cols, dtype, device))
-    found = gain(rows, cols, tokens, dtype, master, device, wgrad, kind)
+def measured(layer: Layer) -> Cost:
+    """Cost of a layer on a GPU, by the measurements of `gain`."""
+    found = gain(layer)
+    forward, dgrad, product = matmuls(layer)
     wgrad_ms, wgrad_by = (
         (product.ms, product.provider) if found.wgrad == "mvue" else (product.dense_ms, MaskedDense.name)
     )

@@ -2,9 +2,10 @@
 GPU.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -32,38 +33,60 @@ class Gain:
         return not self.sparse_ms >= MARGIN * self.dense_ms  # nan: nothing was measured
 
 
-def gain(
-    rows: int,
-    cols: int,
-    tokens: int,
-    dtype: torch.dtype,
-    master: torch.dtype,
-    device: torch.device,
-    wgrad: str,
-    kind: str | None = None,
-) -> Gain:
-    """For a weight [rows, cols] of dtype `master`, multiplied in `dtype` with `tokens` tokens at an optimizer step
-    each. kind: of the activation that is fused behind it.
+class Layer(NamedTuple):
+    """A weight [rows, cols] of dtype `master`, multiplied in `dtype` with `tokens` tokens at an optimizer step each.
+
+    wgrad: as the recipe has it. kind: of the activation that is fused behind it. bias: whether it has one.
+    """
+
+    rows: int
+    cols: int
+    tokens: int
+    dtype: torch.dtype
+    master: torch.dtype
+    device: torch.device
+    wgrad: str
+    kind: str | None = None
+    bias: bool = False
+
+
+def gain(layer: Layer) -> Gain:
+    """What one layer would gain.
 
     Counted: forward, dgrad, wgrad; pruning and packing the output gradient, where an activation is fused only what that
     adds to its backward; repacking the weight and the masked decay once. The search of the masks, once in
     `refresh_every` steps, costs about as much as one repacking and is left out.
     """
-    if device.type != "cuda":
-        return Gain(math.nan, math.nan, wgrad)
-    forward = choice.choose(Problem("spmm", rows, cols, tokens, dtype, device))
-    dgrad = choice.choose(Problem("spmm", cols, rows, tokens, dtype, device))
+    if layer.device.type != "cuda":
+        return Gain(math.nan, math.nan, layer.wgrad)
+    forward, dgrad, product = matmuls(layer)
     dense = forward.dense_ms + dgrad.dense_ms
-    sparse = forward.ms + dgrad.ms + _kernel_ms("pack_weights", rows, cols, master, dtype, device)
-    product = choice.choose(Problem("wgrad", rows, padded(tokens), cols, dtype, device))
+    packing = _kernel_ms("pack_weights", layer.rows, layer.cols, layer.master, layer.dtype, layer.device)
+    sparse = forward.ms + dgrad.ms + packing
     dense_wgrad, sparse_wgrad = product.dense_ms, math.inf
-    if wgrad == "mvue":
-        if kind is None:
-            sparse_wgrad = product.ms + _kernel_ms("pack_gradient", tokens, rows, dtype, dtype, device)
-        else:
-            sparse_wgrad = product.ms + _fused_packing_ms(tokens, rows, kind, dtype, device)
+    if layer.wgrad == "mvue":
+        sparse_wgrad = product.ms + (
+            _kernel_ms("pack_gradient", layer.tokens, layer.rows, layer.dtype, layer.dtype, layer.device)
+            if layer.kind is None
+            else _fused_packing_ms(layer)
+        )
     kept = "mvue" if sparse_wgrad < dense_wgrad else "dense"
     return Gain(sparse + min(sparse_wgrad, dense_wgrad), dense + dense_wgrad, kept)
+
+
+def matmuls(layer: Layer) -> tuple[choice.Choice, choice.Choice, choice.Choice]:
+    """The choices of forward, dgrad and wgrad."""
+    rows, cols, tokens, dtype, _, device, *_ = layer
+    forward = choice.choose(Problem("spmm", rows, cols, tokens, dtype, device))
+    dgrad = choice.choose(Problem("spmm", cols, rows, tokens, dtype, device))
+    return forward, dgrad, choice.choose(Problem("wgrad", rows, padded(tokens), cols, dtype, device))
+
+
+def measure_matmuls(layer: Layer) -> None:
+    """What `gain` needs of matmuls, before it is asked: while the kernels that pack are being compiled (`ahead`)."""
+    if layer.device.type == "cuda":
+        with contextlib.suppress(torch.OutOfMemoryError):  # `gain` will meet it again and say so
+            matmuls(layer)
 
 
 def _kernel_ms(
@@ -99,16 +122,19 @@ def _kernel_ms(
     return choice.kept(device, key, measure)
 
 
-def _fused_packing_ms(tokens: int, width: int, kind: str, dtype: torch.dtype, device: torch.device) -> float:
-    """ms that packing adds to the backward of the activation of a [tokens, width] matrix."""
-    key = f"fused packing {tokens}x{width} {kind} {dtype}".replace("torch.", "")
+def _fused_packing_ms(layer: Layer) -> float:
+    """ms that packing adds to the backward of the activation behind a layer."""
+    tokens, width, dtype, device = layer.tokens, layer.rows, layer.dtype, layer.device
+    kind, with_bias = str(layer.kind), " bias" if layer.bias else ""
+    key = f"fused packing {tokens}x{width} {kind}{with_bias} {dtype}".replace("torch.", "")
 
     def measure() -> float:
         with torch.no_grad(), torch.cuda.device(device):
             z = torch.randn(tokens, width, device=device).to(dtype)
             dh = z[:, : width // 2 if kind in GATED else width].contiguous()
+            bias = torch.zeros(width, dtype=dtype, device=device) if layer.bias else None
             seeds = torch.zeros(1, dtype=torch.int64, device=device)
-            packing = choice.time_ms(lambda: ops.glu_backward_pack(dh, z, None, kind, seeds, 0), 5)
-            return packing - choice.time_ms(lambda: ops.glu_backward(dh, z, None, kind), 5)
+            packing = choice.time_ms(lambda: ops.glu_backward_pack(dh, z, bias, kind, seeds, 0), 5)
+            return packing - choice.time_ms(lambda: ops.glu_backward(dh, z, bias, kind), 5)
 
     return choice.kept(device, key, measure)

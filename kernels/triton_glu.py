@@ -153,7 +153,7 @@ def _load_z(z, bias, t, f, present, features, GATED: tl.constexpr, HAS_BIAS: tl.
     return gate, up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def glu_kernel(
     z,  # [tokens, 2 * features] if GATED, else [tokens, features]
     bias,  # of the columns of z, or nothing
@@ -190,7 +190,7 @@ def _backward(d, dh, gate, up, t, f, present, features, KIND: tl.constexpr, GATE
     return d_gate, d_up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def glu_backward_kernel(
     dh,  # [tokens, features]
     z,  # as in glu_kernel

@@ -4,13 +4,16 @@ Triton finds the compiled kernel anew at every call, from the types and values o
 That takes longer than most of these kernels run at small widths.
 """
 
+import sys
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import layout
+from . import ahead, layout
 
+compile_only = False  # set in the processes of `ahead`
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # with what it takes behind the arguments
 
 
@@ -30,9 +33,26 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
             three = (*grid, 1, 1)
             compiled[three](*args, *last)
             return
+        _hash_callees_first(kernel.fn.__module__)
+        ahead.wait()
+        if compile_only:
+            kernel.warmup(*args, grid=grid, **constants, enable_fp_fusion=False)
+            return
         compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)
     if compiled is not None:  # None: the interpreter compiles nothing
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+
+
+@lru_cache
+def _hash_callees_first(module: str) -> None:
+    """Triton 3.6 hashes a function differently where what it calls was hashed before it, and then misses its cache.
+
+    `DependenciesFinder._update_hash` takes over a callee's globals before it has found them. A function here is defined
+    before those that call it.
+    """
+    for name in (f"{__package__}.triton_common", module):
+        for member in list(vars(sys.modules[name]).values()):
+            getattr(member, "cache_key", None)
 
 
 def _kind(arg: Any) -> object:

@@ -29,7 +29,8 @@ class Linear:
     other. x: its input's
     node, so that linears of one path, x and family may become one matmul. tokens: rows of its input, as far as known
     when compiled. dtype: what it computes in (autocast included). reason: None, or why it stays dense. wanted: the
-    recipe asks for it, so that a reason is worth a warning. wgrad: how `rewrite` takes its weight gradient.
+    recipe asks for it, so that a reason is worth a warning. wgrad: how `rewrite` takes its weight gradient. bias:
+    whether it has one.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Linear:
     reason: str | None = None
     wanted: bool = False
     wgrad: str = "mvue"
+    bias: bool = False
 
 
 def find_linears(
@@ -144,6 +146,7 @@ def _describe(node: Node, args: LinearArgs, region: Region, role: str) -> tuple[
         tokens=_tokens(out),
         dtype=out.dtype if out is not None else torch.float32,
         transposed=args.transposed,
+        bias=args.bias is not None,
     )
     return linear, weight
 

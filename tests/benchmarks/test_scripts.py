@@ -92,6 +92,24 @@ def test_a_script_saves_the_time_of_each(tmp_path, script, kinds):
         assert sum(line.startswith("| ") for line in lines) == 1 + rows
 
 
+def test_a_run_that_was_cut_is_resumed(tmp_path):
+    out = tmp_path / "gemm.json"
+    run("gemm.py", "--tiny", "--out", out)
+    saved = json.loads(out.read_text())
+    kept = [row | {"ratio": -1.0} for row in saved["rows"] if row["matmul"] != "dgrad"]
+    out.write_text(json.dumps(saved | {"rows": [*kept, {"matmul": "dgrad", "error": "out of memory"}]}))
+    run("gemm.py", "--tiny", "--out", out, "--resume")
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[: len(kept)] == kept and {row["matmul"] for row in rows[len(kept) :]} == {"dgrad"}
+    assert all(row["ratio"] > 0 for row in rows[len(kept) :])
+    saved["environment"]["torch"] = "1.0"
+    out.write_text(json.dumps(saved))
+    command = [sys.executable, ROOT / "benchmarks" / "gemm.py", "--tiny", "--out", out, "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "was measured with torch '1.0'" in done.stderr
+    assert json.loads(out.read_text()) == saved
+
+
 def test_memory_and_compile_time_of_each_kind(tmp_path):
     for script, kinds, number in (
         ("memory.py", ["dense", "sparse"], "peak_gib"),

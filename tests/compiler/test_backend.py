@@ -103,13 +103,13 @@ def test_attention_projections_are_an_option() -> None:
 
 def test_speed_is_measured_for_the_merged_matmul_and_decides(monkeypatch) -> None:
     """gate and up together have 256 out_features, down has 64; what is slower stays dense and says so."""
-    from sparse24.kernels.gain import Gain
+    from sparse24.kernels.gain import Gain, Layer
 
     asked = []
 
-    def gain(rows: int, cols: int, tokens: int, *rest: object) -> Gain:
-        asked.append((rows, cols, tokens))
-        return Gain(sparse_ms=1.0, dense_ms=2.0 if rows == 256 else 0.5, wgrad="dense")
+    def gain(layer: Layer) -> Gain:
+        asked.append((layer.rows, layer.cols, layer.tokens))
+        return Gain(sparse_ms=1.0, dense_ms=2.0 if layer.rows == 256 else 0.5, wgrad="dense")
 
     monkeypatch.setattr(backend, "gain", gain)
     model = Stack(SwiGLU())

@@ -19,7 +19,7 @@ import sparse24
 from sparse24.compiler import backend, weights
 from sparse24.compiler.explain import NOT_CALLED, NOT_TRACED
 from sparse24.kernels import choice, cost, providers
-from sparse24.kernels.gain import Gain
+from sparse24.kernels.gain import Gain, Layer
 
 from .models import GPT2MLP, MLP, Stack, SwiGLU, compiled
 
@@ -322,7 +322,7 @@ def test_of_a_gpu_the_times_are_those_that_were_measured(monkeypatch: pytest.Mon
     )
     for kept, total in (("mvue", 1.0 + 1.0 + 3.0 + 0.25), ("dense", 1.0 + 1.0 + 5.0 + 0.25)):
         monkeypatch.setattr(cost, "gain", lambda *args, kept=kept, total=total: Gain(total, 9.0, kept))
-        spent = cost.measured(256, 128, 64, torch.bfloat16, torch.float32, device, "mvue")
+        spent = cost.measured(Layer(256, 128, 64, torch.bfloat16, torch.float32, device, "mvue"))
         assert spent.measured and spent.wgrad == kept and spent.dense.total == 9.0
         assert spent.sparse.total == pytest.approx(total) and spent.sparse.packing == pytest.approx(0.25)
         assert spent.providers == ("cusparselt", "cusparselt", "cusparselt" if kept == "mvue" else "dense")
@@ -331,7 +331,7 @@ def test_of_a_gpu_the_times_are_those_that_were_measured(monkeypatch: pytest.Mon
 def test_what_measuring_decides_explain_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "why_slow", lambda *_: None)
     monkeypatch.setattr(
-        backend, "gain", lambda rows, *_: Gain(1.0, 2.0, "dense") if rows == 256 else Gain(2.0, 1.0, "dense")
+        backend, "gain", lambda layer: Gain(1.0, 2.0, "dense") if layer.rows == 256 else Gain(2.0, 1.0, "dense")
     )
     model, x = SwiGLU(), torch.randn(4, 64)
     report = sparse24.explain(model, x)

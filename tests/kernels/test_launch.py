@@ -15,7 +15,7 @@ class Kernel:
 
     def __init__(self):
         self.compiled, self.ran = 0, []
-        self.fn = object()
+        self.fn = lambda: None
 
     def __getitem__(self, grid):
         def compile_and_run(x, n, A, B, **options):

@@ -1,0 +1,180 @@
+"""Compiling Triton kernels before they are needed, in processes of their own, while matmuls are being measured.
+
+Triton's compiler holds Python's lock, so threads would take turns. The processes compile what the ops would, on tensors
+without data, into Triton's cache, where the launches of this process then find it. They use no GPU and no memory of
+one. Where anything fails, the launches compile for themselves, as they would have.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import layout
+from .layout import Block
+from .reference import GATED
+
+log = logging.getLogger("sparse24")
+
+#: An op of `triton_ops` and what `_run` makes its arguments of.
+Call = tuple[str | bool | None, ...]
+_SLOWEST_S = 60.0  # after which a process is given up
+#: Without what `sparse24/__init__` imports, the compiler above all: a process is ready in half the time.
+_PROGRAM = """
+import sys, types
+parent = sys.modules["sparse24"] = types.ModuleType("sparse24")
+parent.__path__ = [sys.argv[1]]
+from sparse24.kernels.ahead import main
+main(*sys.argv[2:])
+"""
+_pending: list[tuple[subprocess.Popen[str], Path]] = []
+
+
+def calls_of(dtype: torch.dtype, master: torch.dtype, wgrad: str, kind: str | None, bias: bool) -> list[Call]:
+    """The launches of a training step of one layer (`gain`). Its sizes do not matter: all are multiples of 64."""
+    of, to = (str(t).removeprefix("torch.") for t in (master, dtype))
+    found: list[Call] = [("pack_weights_", of, to, search) for search in (True, False)]
+    found.append(("masked_decay_", of, to))
+    if kind is not None:
+        found += [(op, to, kind, bias) for op in ("glu_backward", "glu")]
+    if wgrad == "mvue":
+        found.append(("pack_gradient" if kind is None else "glu_backward_pack", to, kind, bias))
+    return found
+
+
+def start(calls: Iterable[Call], device: torch.device) -> None:
+    """Compile for these calls on `device`; returns at once. Nothing where that was done before, or would not help."""
+    try:
+        import triton
+    except ImportError:
+        return
+    if device.type != "cuda" or triton.knobs.runtime.interpret or int(os.environ.get("LOCAL_RANK", 0)):
+        return
+    capability = torch.cuda.get_device_capability(device)
+    _start(list(dict.fromkeys(calls)), capability[0] * 10 + capability[1], layout.metadata_order(device))
+
+
+def _start(calls: list[Call], arch: int, order: str) -> None:
+    if (os.cpu_count() or 1) < 4:
+        return
+    for group in _groups(calls):
+        said = json.dumps([arch, order, group])
+        done = _mark(said)
+        if done.exists():
+            continue
+        command = [sys.executable, "-c", _PROGRAM, str(Path(__file__).parents[1]), said]
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        except OSError as error:
+            log.info("sparse24: compiles its kernels when they are needed: %s", error)
+            return
+        _pending.append((process, done))
+
+
+def _groups(calls: list[Call]) -> list[list[Call]]:
+    """Parts that take about as long: the search of masks takes half of all."""
+    searches = [call for call in calls if call[0] == "pack_weights_" and call[-1]]
+    weights = [call for call in calls if call[0] in ("pack_weights_", "masked_decay_") and call not in searches]
+    tokens = [call for call in calls if call not in searches and call not in weights]
+    return [group for group in (searches, weights, tokens) if group]
+
+
+def _mark(said: str) -> Path:
+    """The file in Triton's cache that says that this was compiled, by these sources and this Triton."""
+    import triton
+
+    digest = hashlib.sha256(f"{said} {triton.__version__} {sys.version}".encode())
+    for source in sorted(Path(__file__).parent.glob("triton_*.py")):
+        digest.update(source.read_bytes())
+    return Path(triton.knobs.cache.dir, f"sparse24-{digest.hexdigest()[:32]}")
+
+
+def wait() -> None:
+    """Until the processes have ended; called before a kernel is compiled here."""
+    while _pending:
+        process, done = _pending.pop()
+        try:
+            _, said = process.communicate(timeout=_SLOWEST_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = f"not done after {_SLOWEST_S:.0f} s"
+        if process.returncode == 0:
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.touch()
+        else:
+            log.info("sparse24: compiles its kernels when they are needed: %s", said)
+
+
+# ------------------------------------------------------------------------------------------------- the other processes
+
+
+class _Target:
+    """What Triton asks of a driver when it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main(said: str) -> None:
+    """Compile the calls of one process."""
+    arch, order, calls = json.loads(said)
+    from triton.runtime import driver
+
+    from . import triton_launch
+
+    driver.set_active(_Target(arch))
+    layout.metadata_order = lambda device: order
+    triton_launch.compile_only = True
+    for name, *args in calls:
+        _run(name, *args)
+
+
+def _run(name: str, *rest: Any) -> None:
+    """Launch an op on tensors without data."""
+    from . import triton_ops
+
+    n = 2 * layout.TILE
+    seeds = torch.empty(1, dtype=torch.int64, device="meta")
+
+    def empty(dtype: str, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    if name in ("pack_weights_", "masked_decay_"):
+        master, dtype, *search = rest
+        w, packed = empty(master, n, n), empty(dtype, layout.numel(n, n, getattr(torch, dtype)))
+        blocks = [Block(w, packed, packed, 0, 0, n, n)]
+        if search:
+            triton_ops.pack_weights_(blocks, *search)
+        else:
+            triton_ops.masked_decay_([w], blocks, 0.5)
+        return
+    dtype, kind, has_bias = rest
+    z, bias = empty(dtype, n, 2 * n), empty(dtype, 2 * n) if has_bias else None
+    dh = empty(dtype, n, n if kind in GATED else 2 * n)
+    if name == "pack_gradient":
+        triton_ops.pack_gradient(z, seeds, 0)
+    elif name == "glu":
+        triton_ops.glu(z, bias, kind)
+    elif name == "glu_backward":
+        triton_ops.glu_backward(dh, z, bias, kind)
+    else:
+        triton_ops.glu_backward_pack(dh, z, bias, kind, seeds, 0)
