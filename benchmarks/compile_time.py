@@ -1,9 +1,11 @@
 """Time to the first step, dense and sparse, each in a process of its own with empty caches.
 
 The models are those of step.py. The first step contains tracing, compilation, Triton's compilation and, for sparse24,
-the measuring of its choices (given apart: the same again with the choices kept on disk).
+the measuring of its choices (given apart: the same again with the choices kept on disk). Parts of it are given too, in
+s: matmuls measured, waiting for kernels that other processes compile, kernels compiled here, and the compiler behind.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -19,24 +21,63 @@ from step import MODELS, Run
 TINY = {"d": 128, "ff": 256, "heads": 2, "layers": 2, "batch": 2, "seq": 64, "vocab": 256}
 
 
-def measure(shape: dict[str, Any], kind: str) -> float:
-    """This process's first step, in s."""
+class Clock:
+    """Seconds spent in functions that are replaced by their timed selves."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+
+    def on(self, name: str, owner: Any, attribute: str) -> None:
+        function = getattr(owner, attribute)
+        self.parts[name] = 0.0
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.parts[name] += time.perf_counter() - began
+
+        setattr(owner, attribute, timed)
+
+
+def clock() -> Clock:
+    from sparse24.compiler import backend
+    from sparse24.kernels import ahead, choice
+
+    found = Clock()
+    found.on("matmuls measured", choice, "measure")
+    found.on("waited for kernels", ahead, "wait")
+    found.on("compiler behind", backend, "_compile_inner")
+    try:
+        from triton.runtime.jit import JITFunction
+    except ImportError:
+        return found
+    found.on("kernels compiled here", JITFunction, "_do_compile")
+    return found
+
+
+def measure(shape: dict[str, Any], kind: str) -> dict[str, Any]:
+    """This process's first step, in s, and its parts where it is sparse."""
+    parts = clock().parts if kind != "dense" else {}
     options = {} if kind == "dense" else {"backend": "sparse24", "options": {"when": "faster"}}
     run = Run(dict(shape), options)
     began = time.perf_counter()
     run.step()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return {"first_step_s": time.perf_counter() - began, "parts": parts}
 
 
-def in_a_process(model: str, kind: str, choices: str) -> float:
+def in_a_process(model: str, kind: str, choices: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
         command = [sys.executable, __file__, "--one", model, kind]
         environ = {**os.environ, **caches, "SPARSE24_CACHE": choices}
         done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
-        return float(json.loads(done.stdout.splitlines()[-1]))
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
 
 
 def main() -> None:
@@ -56,9 +97,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as choices:
             for kind in ("dense", "sparse", "sparse, choices kept"):
                 found = in_a_process(model, kind.split(",")[0], choices)
-                dense_s = found if kind == "dense" else dense_s
-                rows.append({"model": model, "kind": kind, "first_step_s": found, "of_dense": found / dense_s})
-                print(f"{model:20s} {kind:18s} {found:12.1f} {found / dense_s:8.2f}", flush=True)
+                took = found["first_step_s"]
+                dense_s = took if kind == "dense" else dense_s
+                rows.append({"model": model, "kind": kind, **found, "of_dense": took / dense_s})
+                parts = ", ".join(f"{name} {s:.1f}" for name, s in found["parts"].items())
+                print(f"{model:20s} {kind:18s} {took:12.1f} {took / dense_s:8.2f}  {parts}", flush=True)
                 save(args.out, {"rows": rows})
 
 

@@ -29,7 +29,7 @@ from .triton_common import (
     store_tile_nibbles,
     store_values,
 )
-from .triton_launch import launch
+from .triton_launch import launch, multiprocessors
 
 
 @triton.jit
@@ -548,8 +548,8 @@ def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]
     tiles = tuple(row[:2] for row in rows)
     if device.type != "cuda":
         return table, _strips(tiles, 1)
-    at_once = _AT_ONCE * torch.cuda.get_device_properties(device).multi_processor_count
-    moved = [x.pin_memory().to(device, non_blocking=True) for x in (table, _strips(tiles, at_once))]
+    strips = _strips(tiles, _AT_ONCE * multiprocessors(device))
+    moved = [x.pin_memory().to(device, non_blocking=True) for x in (table, strips)]
     return moved[0], moved[1]
 
 

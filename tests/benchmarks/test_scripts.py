@@ -118,3 +118,5 @@ def test_memory_and_compile_time_of_each_kind(tmp_path):
         run(script, "--models", "tiny", "--out", tmp_path / "found.json")
         rows = json.loads((tmp_path / "found.json").read_text())["rows"]
         assert [row["kind"] for row in rows] == kinds and all(number in row for row in rows)
+    parts = rows[1]["parts"]
+    assert not rows[0]["parts"] and 0 < parts["compiler behind"] < rows[1]["first_step_s"]

@@ -21,7 +21,7 @@ POINTERS = {"sums": "fp32", "stats": "i64", "seeds": "i64", "table": "i64", "str
 TENSORS = ("packed", "dy", "dh", "z", "bias", "d", "h", *POINTERS)
 FP32, BF16 = "fp32", "bf16"
 ELEMENTWISE = ("glu_kernel", "glu_backward_kernel")
-UNALIGNED = ("tokens", "index", "decay")
+UNALIGNED = ("tokens", "index", "long_rows", "decay")
 
 
 def limit(kernel, constants):
@@ -34,7 +34,7 @@ def limit(kernel, constants):
             if constants["SEARCH"]
             else {}
         )
-    return {"pack_gradient_kernel": {"maxnreg": 80}, "glu_backward_pack_kernel": {"maxnreg": 128}}.get(kernel, {})
+    return {"pack_gradient_kernel": {"maxnreg": 112}, "glu_backward_pack_kernel": {"maxnreg": 128}}.get(kernel, {})
 
 
 def cases(arch):
@@ -48,7 +48,7 @@ def cases(arch):
     for search in (True, False):
         constants = {"SEARCH": search, "MASTER": BF16, "DTYPE": BF16, "UNIT": True, **order, **TABLE}
         yield "triton_pack", "pack_weights_kernel", constants, 4
-    yield "triton_glu", "pack_gradient_kernel", {**order, **TOKENS}, 4
+    yield "triton_glu", "pack_gradient_kernel", {"BY_WORD": True, **order, **TOKENS}, 4
     yield "triton_glu", "glu_backward_pack_kernel", {**SWIGLU, **order, **TOKENS}, 4
     if arch == 90:  # the order of the metadata is all that differs
         for kind in ("silu", "gelu", "gelu_tanh"):
