@@ -48,17 +48,22 @@ def evidence_of(args: argparse.Namespace) -> Path:
 def known_decay(args: argparse.Namespace) -> float | None:
     """lambda as given or as searched before; None where neither is."""
     evidence = evidence_of(args)
-    if args.decay is None and evidence.exists():
-        found: float | None = json.loads(evidence.read_text())["decay"]
-        return found
-    return args.decay if args.decay is None else float(args.decay)
+    if args.decay is not None or not evidence.exists():
+        return None if args.decay is None else float(args.decay)
+    known = json.loads(evidence.read_text())
+    if known["settings"]["steps"] != args.search_steps:
+        raise SystemExit(
+            f"found a search over {known['settings']['steps']} steps in {evidence}, need one over {args.search_steps}, "
+            "as --steps has it: give the same --steps, or another --out, or move it away"
+        )
+    found: float | None = known["decay"]
+    return found
 
 
 def search_decay(family: Family, args: argparse.Namespace, common: dict[str, Any]) -> float:
     """lambda by find_decay in the warm-up. Seed 0 searches it for all seeds, and goes on where it was killed."""
-    evidence = evidence_of(args)
+    evidence, found = evidence_of(args), known_decay(args)
     if args.seed != 0:
-        found = known_decay(args)
         if found is None:
             raise SystemExit(
                 f"found no decay in {evidence}, which seed 0 searches for all seeds: run `run.py --family "
@@ -75,7 +80,7 @@ def search_decay(family: Family, args: argparse.Namespace, common: dict[str, Any
             family.model,
             lambda model: optimizer_of(model, args.lr),
             step_fn,
-            steps=max(args.warm_up, 3 * args.refresh_every),
+            steps=args.search_steps,
             options=common,
             feasible=tuple(args.feasible),
             high=args.highest_decay,
@@ -193,6 +198,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, getattr(args.size, name))
     args.warm_up = max(1, args.steps // 10)
     args.refresh_every = 3 if tiny else REFRESH_EVERY
+    args.search_steps = max(args.warm_up, 3 * args.refresh_every)
     args.text_mb = 1 if tiny else args.text_mb
     args.held_out_batches = 2 if tiny else 32
     args.save_every = args.save_every or max(1, args.steps // 4)

@@ -223,6 +223,8 @@ def test_other_seeds_take_the_decay_that_seed_0_searched(
     run.main(seed_1)
     found = load(tmp_path, "vit_tiny_1_fst")["settings"]["options"]["decay"]
     assert found == load(tmp_path, "vit_tiny_decay")["decay"]
+    with pytest.raises(SystemExit, match="found a search over 9 steps in .*need one over 20"):
+        run.main([*seed_1, "--steps", "200"])
 
 
 def test_an_arm_that_ends_in_nan_is_a_result_and_the_others_go_on(
@@ -323,7 +325,8 @@ class Finished:
         if args.prepare:
             run.Family(args.family, args.size, args.work, 1_000_000, torch.device("cpu"))
         elif args.search_only:
-            run.evidence_of(args).write_text('{"decay": 1.0}')
+            evidence = {"decay": 1.0, "settings": {"steps": args.search_steps}}
+            run.evidence_of(args).write_text(json.dumps(evidence))
         for arm in args.arms:
             if arm == self.fails:
                 self.returncode = 1
@@ -411,7 +414,18 @@ def test_a_plan_runs_run_py(tmp_path: Path) -> None:
         "--gpus",
         "1",
     ]
-    command = [sys.executable, QUALITY / "plan.py", *plan, "--per-gpu", "2", "--", "--steps", "4", "--inner", "eager"]
+    command = [
+        sys.executable,
+        str(QUALITY / "plan.py"),
+        *plan,
+        "--per-gpu",
+        "2",
+        "--",
+        "--steps",
+        "4",
+        "--inner",
+        "eager",
+    ]
     done = subprocess.run([*command, *where], capture_output=True, text=True)
     assert done.returncode == 0 and "1 of 1 are done" in done.stdout, done.stdout + done.stderr
     result = load(tmp_path / "out", "vit_tiny_0_dense")
