@@ -267,17 +267,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         changed = {arm: results[arm] for arm in ("dense", "fst", *TRIALS) if arm in results} if tried else {}
         for kind, said, drawn in (
             ("steps", "held-out loss over steps", ablated),
-            ("trials", "held-out loss of the trials over steps", changed),
             ("time", "held-out loss over time", alone),
+            ("flips", "flip rates", ablated),
+            ("trials", "held-out loss of the trials over steps", changed),
+            ("trials_flips", "flip rates of the trials", changed),
         ):
             if drawn:
                 picture = pictures / f"{family}_{scale}_{kind}.svg"
-                x, label = (1, "seconds of training") if kind == "time" else (0, "step")
-                draw(drawn, picture, x, label)
+                if kind.endswith("flips"):
+                    draw_flips(drawn, picture)
+                else:
+                    x, label = (1, "seconds of training") if kind == "time" else (0, "step")
+                    draw(drawn, picture, x, label)
                 lines.append(image(said, picture, args.document))
-        picture = pictures / f"{family}_{scale}_flips.svg"
-        draw_flips(results, picture)
-        lines.append(image("flip rates", picture, args.document))
         lines += ["", *searched(args.results, family, scale, pictures, args.document)]
     text = "\n".join(lines).rstrip() + "\n"
     with tempfile.NamedTemporaryFile("w", dir=args.document.parent, delete=False) as file:

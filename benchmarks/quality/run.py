@@ -128,13 +128,14 @@ def train_on(run: Run, name: str, checkpoint: Path, settings: dict[str, Any]) ->
     args, record = run.args, run.record
     while record.step < args.steps:
         began, first, losses = time.perf_counter(), record.step, torch.zeros((), device=run.family.device)
-        compiled = record.compile_seconds
+        run.apart.clear()
         while True:  # one interval of the log; nothing in it waits for the GPU
             losses += run.step()
             if record.step % args.log_every == 0 or record.step == args.steps:
                 break
         record.losses.append([record.step, losses.item() / (record.step - first)])
-        record.seconds += time.perf_counter() - began - (record.compile_seconds - compiled)
+        elapsed, timed = time.perf_counter() - began - sum(run.apart), record.step - first - len(run.apart)
+        record.seconds += elapsed * (record.step - first) / timed if timed else 0.0
         if record.step // args.evaluate_every > first // args.evaluate_every or record.step == args.steps:
             run.evaluate()
             _, _, loss, accuracy = record.held_out[-1]
@@ -198,7 +199,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, getattr(args.size, name))
     args.warm_up = max(1, args.steps // 10)
     args.refresh_every = 3 if tiny else REFRESH_EVERY
-    args.search_steps = max(args.warm_up, 3 * args.refresh_every)
+    args.search_steps = max(3 * args.refresh_every, min(args.warm_up, 6 * args.refresh_every))
     args.text_mb = 1 if tiny else args.text_mb
     args.held_out_batches = 2 if tiny else 32
     args.save_every = args.save_every or max(1, args.steps // 4)

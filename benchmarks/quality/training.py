@@ -25,7 +25,7 @@ class Record:
     """What one arm did so far; plain data, part of the checkpoint and of the result."""
 
     step: int = 0
-    seconds: float = 0.0  # of training; evaluation and the steps that compile a graph are left out
+    seconds: float = 0.0  # of training, without evaluation; a step that `Run.apart` names costs as the others
     compile_seconds: float = 0.0  # of the steps that compile a graph
     losses: list[list[float]] = field(default_factory=list)  # [step, mean training loss since the one before]
     held_out: list[list[float | None]] = field(default_factory=list)  # [step, seconds, loss, accuracy]
@@ -43,42 +43,52 @@ class Run:
         self.session = sparse24.session(self.model)
         self.optimizer = optimizer_of(self.model, args.lr)
         self.options: dict[str, Any] = {}
+        self.apart: list[float] = []  # seconds of steps that compile, or count flips that training has no use for
         self.prepare()
 
     def prepare(self) -> None:
-        """Bring the options of the coming step into force; the graph is compiled anew where it is another one."""
+        """Bring the options of the coming step into force; the graph is compiled anew where it is another one.
+
+        At the dense end too, which the backend would compile by itself: traced anew, the graph comes from Inductor's
+        cache, where the dense arm has left it.
+        """
         step, before = self.record.step, self.options
         self.options = self.arm.options_at(step)
         if self.arm.decay_follows_lr:
             self.options["decay"] *= lr_factor(self.args, step)
         if self.arm.saliency:
             self.options["refresh_every"] = self.args.steps + 1  # never: `search_masks` is in its place
-        if self.options == before:
-            return
-        recipe = Recipe.from_options(self.options)
-        for weight in self.session.weights.values():
-            if weight.reason_skipped is None:
-                weight.recipe, weight.wgrad = recipe, recipe.wgrad
-        if not before or before.get("wgrad") != self.options.get("wgrad"):
+        if self.options != before:
+            recipe = Recipe.from_options(self.options)
+            for weight in self.session.weights.values():
+                if weight.reason_skipped is None:
+                    weight.recipe, weight.wgrad = recipe, recipe.wgrad
+        dense_end = step == self.options.get("dense_after")
+        if not before or dense_end or before.get("wgrad") != self.options.get("wgrad"):
             torch._dynamo.reset()
             self.compiled: Any = torch.compile(self.model, backend="sparse24", options=self.options)
             self.compiles_next = True
 
     def step(self) -> torch.Tensor:
-        record = self.record
+        record, options, device = self.record, self.options, self.family.device
+        refreshes = (record.step + 1) % self.arm.options_at(record.step)["refresh_every"] == 0
+        counts = refreshes and (options.get("virtual_flips") or options.get("recipe") == "s-ste")
+        apart = self.compiles_next or counts
+        if apart:
+            wait(device)
         began = time.perf_counter()
         loss = train_step(self.family, self.args, self.compiled, self.optimizer, record.step)
-        if self.compiles_next:
-            wait(self.family.device)
-            record.compile_seconds += time.perf_counter() - began
-        refreshes = (record.step + 1) % self.arm.options_at(record.step)["refresh_every"] == 0
+        if apart:
+            wait(device)
+            self.apart.append(time.perf_counter() - began)
+            record.compile_seconds += self.apart[-1] if self.compiles_next else 0.0
         record.step += 1
         if refreshes:
             if self.arm.saliency:
                 search_masks(self.session, self.optimizer, self.arm.saliency)
-            if self.options.get("virtual_flips") or self.session.phase == "sparse":
+            if options.get("virtual_flips") or self.session.phase == "sparse":
                 record.flips.append([record.step, self.session.flip_rate()])
-        self.compiles_next = record.step == self.options.get("dense_after")
+        self.compiles_next = False
         self.prepare()
         return loss
 

@@ -1,5 +1,6 @@
 """benchmarks/quality in small: every arm trains, killed runs end as whole ones, the report says what was saved."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -72,7 +73,7 @@ def test_every_arm_trains_and_the_report_says_what_was_saved(tmp_path: Path, wor
     base, loss, other = (results[arm]["held_out"][-1][2] for arm in ("dense", "fst", "dense-third"))
     assert f"{loss - base:+.4f} ({100 * (loss / base - 1):+.2f}%)" in text
     assert f"{other - loss:+.4f} ({100 * (other / loss - 1):+.2f}%) | in {int(other < loss)} of 1 seeds" in text
-    for kind in ("steps", "trials", "time", "flips"):
+    for kind in ("steps", "trials", "time", "flips", "trials_flips"):
         assert f"(out/curves/gpt_tiny_{kind}.svg)" in text
         assert "<svg" in (tmp_path / "out" / "curves" / f"gpt_tiny_{kind}.svg").read_text()
     report.main(["--results", str(tmp_path / "out"), "--document", str(document)])
@@ -154,6 +155,28 @@ def test_a_run_told_to_stop_leaves_a_checkpoint_of_that_moment(
     assert "goes on from step 3" in capsys.readouterr().out and load(tmp_path, "vit_tiny_0_dense")["step"] == 6
 
 
+def test_seconds_of_training_leave_out_what_is_no_part_of_it(
+    tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compilation, or a count of virtual flips, is charged as any other step of its interval of the log."""
+    run, training = module("run"), module("training")
+    clock = [0.0]
+    step = training.train_step
+
+    def costly(family: Any, args: Any, model: Any, optimizer: Any, at: int) -> torch.Tensor:
+        clock[0] += 1.0 + 1000.0 * (at == 0) + 100.0 * (at % 3 == 2)  # the first step compiles, each third counts
+        return step(family, args, model, optimizer, at)
+
+    monkeypatch.setattr(training, "train_step", costly)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    parse = run.parse
+    monkeypatch.setattr(run, "parse", lambda argv: argparse.Namespace(**{**vars(parse(argv)), "log_every": 4}))
+    run.main(tiny("vit", tmp_path, tmp_path, "--arms", "dense,ste", "--steps", "12"))
+    dense, ste = (load(tmp_path, f"vit_tiny_0_{arm}") for arm in ("dense", "ste"))
+    assert dense["seconds"] == pytest.approx(12) and dense["compile_seconds"] == 1001
+    assert ste["seconds"] == pytest.approx(12 + 300 + 100 * 4 / 3)  # its counts are refreshes, which are training
+
+
 @pytest.mark.parametrize(("arm", "count"), [("dense", 1), ("half", 1), ("fst", 2), ("combined", 3), ("saliency-v4", 2)])
 def test_an_arm_compiles_no_more_graphs_than_it_has(
     arm: str, count: int, tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
@@ -223,7 +246,7 @@ def test_other_seeds_take_the_decay_that_seed_0_searched(
     run.main(seed_1)
     found = load(tmp_path, "vit_tiny_1_fst")["settings"]["options"]["decay"]
     assert found == load(tmp_path, "vit_tiny_decay")["decay"]
-    with pytest.raises(SystemExit, match="found a search over 9 steps in .*need one over 20"):
+    with pytest.raises(SystemExit, match="found a search over 9 steps in .*need one over 18"):
         run.main([*seed_1, "--steps", "200"])
 
 
