@@ -33,17 +33,17 @@ class Size:
 
 SIZES = {
     "gpt": {
-        "tiny": Size(64, 2, 32, 8, 512, 60, 3e-3),
+        "tiny": Size(64, 1, 32, 8, 512, 60, 3e-3),
         "small": Size(384, 10, 256, 64, 8192, 2000, 1e-3),
         "base": Size(768, 12, 1024, 32, 50304, 6000, 6e-4),  # GPT-2 124M; 197M tokens
     },
     "bert": {
-        "tiny": Size(64, 2, 32, 16, 512, 60, 3e-3),
+        "tiny": Size(64, 1, 32, 16, 512, 60, 3e-3),
         "small": Size(384, 10, 128, 128, 8192, 2000, 1e-3),
         "base": Size(768, 12, 512, 64, 30592, 6000, 4e-4),  # BERT-base; 197M tokens
     },
     "vit": {
-        "tiny": Size(64, 2, 16, 32, 4, 60, 3e-3, patch=4),
+        "tiny": Size(64, 1, 16, 32, 4, 60, 3e-3, patch=4),
         "small": Size(384, 12, 32, 256, 100, 2000, 1e-3, patch=4),  # DeiT-S
         "base": Size(768, 12, 64, 256, 1000, 10000, 5e-4, patch=8),  # DeiT-B
     },

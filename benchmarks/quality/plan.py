@@ -160,21 +160,23 @@ class Schedule:
             load = {gpu: sum(process.gpu == gpu for process in self.running) for gpu in self.args.devices}
             self.running.append(Process(self.plan, jobs, min(load, key=lambda gpu: load[gpu])))
 
-    def collect(self) -> None:
-        """Say which processes ended. Of one that failed the first unfinished job is not tried again."""
-        for process in [p for p in self.running if p.process.poll() is not None]:
+    def collect(self) -> int:
+        """Say which processes ended, and how many. Of one that failed the first unfinished job is not tried again."""
+        ended = [process for process in self.running if process.process.poll() is not None]
+        for process in ended:
             self.running.remove(process)
             unfinished = [job for job in process.jobs if not self.plan.done(job)]
             if unfinished:
                 self.failed.add(unfinished[0])
             print(f"[{time.monotonic() - self.began:4.0f} s] {process}", flush=True)
+        return len(ended)
 
     def run(self) -> None:
         try:
             self.fill()
             while self.running and self.left_s > 0:
-                time.sleep(0.2)
-                self.collect()
+                if not self.collect():
+                    time.sleep(0.2)
                 self.fill()
         finally:
             self.stop()

@@ -164,7 +164,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--scale",
         choices=["tiny", "small", "base"],
         default="small",
-        help="two layers and few steps, to try the script; 20M parameters; or GPT-2's / BERT-base's",
+        help="one layer and few steps, to try the script; 20M parameters; or GPT-2's / BERT-base's",
     )
     p.add_argument("--tiny", action="store_const", dest="scale", const="tiny", help="the same as --scale tiny")
     p.add_argument(
