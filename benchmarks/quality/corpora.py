@@ -219,7 +219,7 @@ class Images:
             "size": self.size,
             "best_accuracy": right,
             "least_loss": least,
-            "confusion": min(1.0, others * 0.5 * math.erfc(apart / math.sqrt(2))),
+            "confusion": float(f"{min(1.0, others * 0.5 * math.erfc(apart / math.sqrt(2))):.0e}"),  # alike on all GPUs
         }
 
 

@@ -1,8 +1,8 @@
 """Run the quality experiments on the GPUs of one machine within a time, the most important first.
 
-    python benchmarks/quality/plan.py --seconds 590                                      the small scale
-    python benchmarks/quality/plan.py --seconds 590 --scale base --families gpt bert     dense and FST, a GPU each
-    python benchmarks/quality/plan.py --seconds 590 -- --out DIR --work DIR              options of run.py
+    python benchmarks/quality/plan.py --seconds 590                          the small scale
+    python benchmarks/quality/plan.py --seconds 590 --scale base             dense and FST of GPT and BERT, a GPU each
+    python benchmarks/quality/plan.py --seconds 590 -- --out DIR --work DIR  options of run.py
 
 Given again, it goes on: what has its result is left out, and what was stopped goes on from its checkpoint. The order is
 the text's tokens, the searches of lambda, dense and FST of all families, the trials, the other ablations; then the same
@@ -214,7 +214,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seconds", type=float, required=True, help="time for all of it, the writing of checkpoints included"
     )
     p.add_argument("--scale", choices=["tiny", "small", "base"], default="small")
-    p.add_argument("--families", nargs="+", choices=list(SIZES), default=list(SIZES))
+    p.add_argument("--families", nargs="+", choices=list(SIZES), help="(default: all, at the base scale gpt and bert)")
     p.add_argument("--trial-families", nargs="*", choices=list(SIZES), default=["gpt"], help="that meet the trials")
     p.add_argument("--seeds", nargs="+", type=int, help="(default: 0 1 2, at the base scale 0)")
     p.add_argument("--arms", help="as run.py has them (default: all, at the base scale dense,fst)")
@@ -223,6 +223,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     base = args.scale == "base"
     args.per_gpu = args.per_gpu or (1 if base else 3)
+    args.families = args.families or (["gpt", "bert"] if base else list(SIZES))
     args.seeds = args.seeds or ([0] if base else [0, 1, 2])
     try:
         args.arms = named(args.arms or ("dense,fst" if base else "all"))
