@@ -200,9 +200,14 @@ def test_an_arm_compiles_no_more_graphs_than_it_has(
     """Evaluation adds none; the weight gradient of another kind, and the dense end, one each."""
     from sparse24.compiler import backend
 
-    compiled = []
     inner = backend._compile_inner
-    monkeypatch.setattr(backend, "_compile_inner", lambda *args: compiled.append(args) or inner(*args))
+    compiled = []
+
+    def counted(*args: Any) -> Any:
+        compiled.append(args)
+        return inner(*args)
+
+    monkeypatch.setattr(backend, "_compile_inner", counted)
     module("run").main(tiny("vit", tmp_path, tmp_path, "--arms", arm, "--steps", "12", "--decay", "1e-2"))
     assert len(compiled) == count
 
@@ -500,7 +505,8 @@ def test_translation_is_a_function_that_can_be_undone(module: Any) -> None:
     source, begun, target = data.batch(0, 3, 8, 32)
     assert torch.equal(begun[:, 1:], target[:, :-1]) and not begun[:, 0].any()
     for row, out in zip(source.tolist(), target.tolist(), strict=True):
-        expected, phrase = [], []
+        expected: list[int] = []
+        phrase: list[int] = []
         for token in row:
             if 1 <= token <= corpora.SEPARATORS:
                 words = data.dictionaries[token % corpora.DICTIONARIES]
