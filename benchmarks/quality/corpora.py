@@ -70,23 +70,34 @@ def python_sources(limit: int) -> tuple[list[str], list[str]]:
     return parts
 
 
+def text_path(cache: Path, vocabulary: int, limit: int) -> Path:
+    """Where the tokens of at most `limit` bytes are kept: read once, they stay the same whatever is installed later."""
+    return cache / f"text_{limit}_{vocabulary}.pt"
+
+
+def prepared(vocabulary: int, limit: int) -> dict[str, Any]:
+    """{"train", "held_out": tokens int32 [n], "sha256": of the sources, "bytes_per_token": of the held-out part}."""
+    parts = python_sources(limit)
+    digest = hashlib.sha256()
+    for part in parts:
+        for text in part:
+            digest.update(text.encode())
+        digest.update(b"\0")
+    tokens = tokenize(parts, vocabulary)
+    bytes_per_token = sum(len(t.encode()) for t in parts[1]) / len(tokens["held_out"])
+    return {**tokens, "sha256": digest.hexdigest(), "bytes_per_token": bytes_per_token}
+
+
 class Text:
     """Tokens, int32 [n] each, of the training and the held-out part on `device`."""
 
     def __init__(self, cache: Path, vocabulary: int, limit: int, device: torch.device) -> None:
-        parts = python_sources(limit)
-        digest = hashlib.sha256()
-        for part in parts:
-            for text in part:
-                digest.update(text.encode())
-            digest.update(b"\0")
-        self.vocabulary, self.sha256 = vocabulary, digest.hexdigest()
-        path = cache / f"text_{self.sha256[:16]}_{vocabulary}.pt"
+        path = text_path(cache, vocabulary, limit)
         if not path.exists():
-            save_tensors(path, tokenize(parts, vocabulary))
+            save_tensors(path, prepared(vocabulary, limit))
         state = torch.load(path, weights_only=True)
+        self.vocabulary, self.sha256, self.bytes_per_token = vocabulary, state["sha256"], state["bytes_per_token"]
         self.train, self.held_out = state["train"].to(device), state["held_out"].to(device)
-        self.bytes_per_token = sum(len(t.encode()) for t in parts[1]) / len(self.held_out)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -208,7 +219,7 @@ class Images:
             "size": self.size,
             "best_accuracy": right,
             "least_loss": least,
-            "confusion": min(1.0, others * 0.5 * math.erfc(apart / math.sqrt(2))),
+            "confusion": float(f"{min(1.0, others * 0.5 * math.erfc(apart / math.sqrt(2))):.0e}"),  # alike on all GPUs
         }
 
 

@@ -2,20 +2,22 @@
 
     python benchmarks/quality/report.py
 
-For each family and scale: the loss of every arm on held-out data at the end of training, against dense; curves of that
-loss over steps and over time, and of the flip rates; the search of lambda.
+For each family and scale: the loss of every arm on held-out data at the end of training, against dense of the same
+seed; whether the claims and the order of the ablations hold; the trials; curves of that loss over steps and, of runs
+that had their GPU to themselves, over time; flip rates; the search of lambda.
 """
 
 import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from run import ARMS, TOO_LARGE
+from arms import ABLATIONS, ARMS, TOO_LARGE, TRIALS
+from curves import Results, draw, draw_flips, image, searched
 
 ROOT = Path(__file__).parents[2]
 NAMES = {
@@ -35,13 +37,30 @@ MEANING = {
     "ste": "STE alone: no decay, no MVUE, no dense end",
     "s-ste": "S-STE: soft thresholds, the final model is 2:4",
     "half": "dense, feed-forward layers of half the width",
+    "decay-by-lr": "decay proportional to the learning rate",
+    "mvue-off-late": "MVUE off from two thirds of the steps on",
+    "refresh-grows": "masks refreshed at a quarter of the interval at first, at four times of it late",
+    "dense-third": "the last third dense",
+    "saliency-v4": "masks by abs(w) v^(1/4), v being Adam's second moment",
+    "saliency-v2": "masks by abs(w) v^(1/2)",
+    "combined": "decay proportional to the learning rate, and MVUE off late",
 }
-Results = dict[str, list[dict[str, Any]]]  # arm -> its results, one a seed
+#: How far FST may be from dense, as a share of the loss or, where the least loss is known, of the accuracy.
+CLAIM = 0.005
+#: (better, worse): what arXiv 2404.01847 says of the parts of the method.
+ORDER = (
+    ("fst", "fst-sparse-end"),  # the dense end helps
+    ("fst", "decay-too-large"),  # lambda has to be feasible
+    ("fst", "sr-ste"),  # the decay belongs on the gradients
+    ("fst-sparse-end", "ste"),  # the decay helps, MVUE costs less than that
+    ("fst", "ste"),
+    ("fst", "half"),
+)
 
 
-def load(folder: Path) -> dict[tuple[str, str], Results]:
+def load(folder: Path) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
     """{(family, scale): {arm: results}}, all in the order of NAMES, SCALES and ARMS."""
-    found: dict[tuple[str, str], Results] = {}
+    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if not path.stem.endswith("_decay")]
     for family in NAMES:
         for scale in SCALES:
@@ -57,7 +76,6 @@ def load(folder: Path) -> dict[tuple[str, str], Results]:
         for what, values in (
             ("data", {json.dumps(run["data"], sort_keys=True) for run in runs}),
             ("steps", {run["settings"]["steps"] for run in runs}),
-            ("device", {run["settings"]["device"] for run in runs}),
         ):
             if len(values) > 1:
                 raise SystemExit(
@@ -68,13 +86,14 @@ def load(folder: Path) -> dict[tuple[str, str], Results]:
 
 
 def table(results: Results) -> str:
-    """One row an arm; over dense: of the same seeds, where there are such."""
+    """One row an ablation."""
     runs = [run for arm in results.values() for run in arm]
     with_hits = any(at[3] is not None for run in runs for at in run["held_out"])
     head = ["arm", "decay", "held-out loss", "over dense", *["accuracy"] * with_hits, "flips: first, peak, last"]
     lines = ["| " + " | ".join([*head, "seconds", "seeds"]) + " |", "|---" * (len(head) + 2) + "|"]
-    for arm in results:
-        lines.append("| " + " | ".join(row(arm, results, with_hits)) + " |")
+    for arm in ABLATIONS:
+        if arm in results:
+            lines.append("| " + " | ".join(row(arm, results, with_hits)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -86,22 +105,118 @@ def row(arm: str, results: Results, with_hits: bool) -> list[str]:
     if failed:
         at = runs[0]["losses"][-1][0] if runs[0]["losses"] else 0
         return [MEANING[arm], decay, f"NaN after step {at}", *[""] * (3 + with_hits), "", str(len(runs))]
-    dense = {run["settings"]["seed"]: run["held_out"][-1][2] for run in results.get("dense", []) if not run["error"]}
-    final = {run["settings"]["seed"]: run["held_out"][-1] for run in runs}
-    losses = [loss for _, _, loss, _ in final.values()]
+    losses = [run["held_out"][-1][2] for run in runs]
     spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-    pairs = [(final[seed][2], dense[seed]) for seed in final if seed in dense]
-    over = ""
-    if pairs and arm != "dense":
-        over = f"{mean(loss - base for loss, base in pairs):+.4f}"
-        if "least_loss" not in runs[0]["data"]:  # where that is near 0 a ratio says nothing
-            over += f" ({100 * mean(loss / base - 1 for loss, base in pairs):+.2f}%)"
-    cells = [MEANING[arm], decay, f"{mean(losses):.4f}{spread}", over]
+    cells = [MEANING[arm], decay, f"{mean(losses):.4f}{spread}", "" if arm == "dense" else over(results, arm, "dense")]
     if with_hits:
-        cells.append(f"{mean(hits for _, _, _, hits in final.values()):.4f}")
+        cells.append(f"{mean(run['held_out'][-1][3] for run in runs):.4f}")
     rates = [rate for _, rate in runs[0]["flips"]]
     cells.append(f"{rates[0]:.3f}, {max(rates):.3f}, {rates[-1]:.3f}" if rates else "")
-    return [*cells, f"{mean(run['seconds'] for run in runs):.0f}", str(len(runs))]
+    alone = [run["seconds"] for run in runs if not run["settings"]["shared"]]
+    return [*cells, f"{mean(alone):.0f}" if alone else "", str(len(runs))]
+
+
+def pairs(results: Results, arm: str, base: str, column: int = 2) -> list[tuple[float, float]]:
+    """(final number of the arm, of the base) of the seeds that both have; column 2: held-out loss, 3: accuracy."""
+    of: list[dict[int, float]] = [
+        {run["settings"]["seed"]: run["held_out"][-1][column] for run in results.get(name, []) if not run["error"]}
+        for name in (arm, base)
+    ]
+    return [(of[0][seed], of[1][seed]) for seed in of[0] if seed in of[1]]
+
+
+def over(results: Results, arm: str, base: str) -> str:
+    """Mean and standard deviation over seeds of what an arm loses against another one of the same seed."""
+
+    def number(values: list[float], digits: int) -> str:
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean(values):+.{digits}f}{spread}"
+
+    found = pairs(results, arm, base)
+    if not found:
+        return ""
+    text = number([loss - other for loss, other in found], 4)
+    if "least_loss" not in results[arm][0]["data"]:  # where that is near 0 a ratio says nothing
+        text += f" ({number([100 * (loss / other - 1) for loss, other in found], 2)}%)"
+    return text
+
+
+def trials(results: Results) -> str:
+    """One row a trial, beside FST; "" where there is none."""
+    if not any(arm in results for arm in TRIALS):
+        return ""
+    lines = ["| FST, changed | over dense | over FST | better than FST |", "|---|---|---|---|"]
+    for arm in ("fst", *TRIALS):
+        if arm in results:
+            found = pairs(results, arm, "fst")
+            better = f"in {sum(loss < other for loss, other in found)} of {len(found)} seeds"
+            more = ["", ""] if arm == "fst" else [over(results, arm, "fst"), better if found else ""]
+            lines.append("| " + " | ".join([MEANING[arm], over(results, arm, "dense"), *more]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def claims(results: Results) -> list[str]:
+    """Sentences: is FST as good as dense at equal steps, is it ahead at equal time, are the ablations in order."""
+    said = []
+    by_loss = "least_loss" not in (results.get("dense") or results.get("fst") or [{"data": {}}])[0]["data"]
+    found = pairs(results, "fst", "dense", 2 if by_loss else 3)
+    if found:
+        ratio = mean(number / base - 1 for number, base in found)
+        holds = ratio <= CLAIM if by_loss else ratio >= -CLAIM
+        said.append(
+            f"At equal steps FST's {'loss' if by_loss else 'accuracy'} is {100 * ratio:+.2f}% from that of dense: the "
+            f"claim of {100 * CLAIM:g}% {'holds' if holds else 'DOES NOT HOLD'}."
+        )
+    for one, two in timed_pairs(results):
+        ends = [run["held_out"][-1][1] for run in (one, two)]
+        fst, dense = (loss_at(run, min(ends)) for run in (one, two))
+        said.append(
+            f"Seed {one['settings']['seed']}: the steps of FST take {ends[0] / ends[1]:.3f} times as long as those of "
+            f"dense; at equal time ({min(ends):.0f} s) FST is at {fst:.4f} and dense at {dense:.4f}, the slower one "
+            "not yet at the end of its schedule."
+        )
+    known = [arm for arm in ABLATIONS if arm == "dense" or pairs(results, arm, "dense")]
+    if len(known) > 2:
+        gap = {arm: mean([a - b for a, b in pairs(results, arm, "dense")]) for arm in known if arm in results}
+        best_first = sorted(gap, key=lambda arm: gap[arm])
+        said.append(f"Order found, best first: {', '.join(f'{arm} ({gap[arm]:+.4f})' for arm in best_first)}.")
+    checked = [(better, worse, pairs(results, better, worse)) for better, worse in ORDER]
+    checked = [(better, worse, both) for better, worse, both in checked if both]
+    wrong = [
+        f"{better} is not better than {worse} ({mean(a - b for a, b in both):+.4f}, better in "
+        f"{sum(a < b for a, b in both)} of {len(both)} seeds)"
+        for better, worse, both in checked
+        if mean(a - b for a, b in both) >= 0
+    ]
+    if checked:
+        text = f"The paper's order DIFFERS in {len(wrong)} of {len(checked)} pairs: {'; '.join(wrong)}."
+        said.append(text if wrong else f"The paper's order holds in all {len(checked)} pairs that were run.")
+    return said
+
+
+def timed_pairs(results: Results) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(FST, dense) of one seed, each alone on a GPU of one kind."""
+    alone = [
+        {
+            run["settings"]["seed"]: run
+            for run in results.get(arm, [])
+            if not run["settings"]["shared"] | bool(run["error"])
+        }
+        for arm in ("fst", "dense")
+    ]
+    both = [(alone[0][seed], alone[1][seed]) for seed in alone[0] if seed in alone[1]]
+    return [(fst, dense) for fst, dense in both if fst["settings"]["device"] == dense["settings"]["device"]]
+
+
+def loss_at(run: dict[str, Any], seconds: float) -> float:
+    """Held-out loss at a time of training, between two evaluations in proportion."""
+    before = run["held_out"][0]
+    for at in run["held_out"]:
+        if at[1] >= seconds:
+            share = (seconds - before[1]) / (at[1] - before[1]) if at[1] > before[1] else 1.0
+            return float(before[2] + share * (at[2] - before[2]))
+        before = at
+    return float(before[2])
 
 
 def facts(results: Results) -> str:
@@ -117,80 +232,8 @@ def facts(results: Results) -> str:
     if "least_loss" in data:
         text += f"; the least loss possible is {data['least_loss']:.4f}, the best accuracy {data['best_accuracy']:.4f}"
     text += f". Losses are nats{' per token' if s['family'] != 'vit' else ''}. "
-    return text + f"{s['device']}, torch {where['torch']}, {where['date']}."
-
-
-def draw(results: Results, path: Path, x: int, label: str) -> None:
-    """Held-out loss of the first seed of each arm; x: 0 for steps, 1 for seconds."""
-
-    def curves(axes: Any) -> None:
-        for i, (arm, runs) in enumerate(results.items()):
-            rows = runs[0]["held_out"]
-            axes.plot([r[x] for r in rows], [r[2] for r in rows], label=arm, color=f"C{i}", linewidth=1.2)
-        drawn = [[r[2] for r in runs[0]["held_out"]] for runs in results.values() if not runs[0]["error"]]
-        if drawn:  # the first quarter is the same fall for all, and would press the rest together
-            least, first = min(map(min, drawn)), max(losses[len(losses) // 4] for losses in drawn)
-            if first > least:
-                axes.set_ylim(least - 0.05 * (first - least), first)
-        axes.set_xlabel(label)
-        axes.set_ylabel("held-out loss (nats)")
-
-    figure(path, curves)
-
-
-def draw_flips(results: Results, path: Path) -> None:
-    def curves(axes: Any) -> None:
-        for i, (arm, runs) in enumerate(results.items()):
-            rows = runs[0]["flips"]
-            style = "--" if arm in ("dense", "half") else "-"
-            axes.plot([r[0] for r in rows], [r[1] for r in rows], style, label=arm, color=f"C{i}", linewidth=1.2)
-        axes.set_xlabel("step")
-        axes.set_ylabel("flip rate between refreshes")
-
-    figure(path, curves)
-
-
-def figure(path: Path, curves: Callable[[Any], None]) -> None:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "sparse24"}):
-        made = Figure(figsize=(7, 4), layout="constrained")
-        axes = made.subplots()
-        curves(axes)
-        axes.legend(fontsize="small")
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".svg", delete=False) as file:
-            made.savefig(file, format="svg", metadata={"Date": None})
-    os.replace(file.name, path)
-    path.chmod(0o644)
-
-
-def searched(folder: Path, family: str, scale: str, pictures: Path, document: Path) -> list[str]:
-    """The evidence of each search of lambda, drawn."""
-    from sparse24.compiler.find_decay import plot
-
-    lines = []
-    for path in sorted(folder.glob(f"{family}_{scale}_*_decay.json")):
-        evidence = json.loads(path.read_text())
-        if evidence["dense"] is None:
-            continue
-        picture = pictures / f"{path.stem}.svg"
-        plot(evidence, picture)
-        seen = ", ".join(f"{t['decay']:.2g}: {t['mu']:.2f}" for t in evidence["trials"] if t["mu"] is not None)
-        found = f"decay {evidence['decay']:.2g} was taken" if evidence["decay"] is not None else "none is feasible"
-        low, high = evidence["feasible"]
-        lines += [
-            f"Search of lambda over {evidence['settings']['steps']} steps, feasible are mu from {low:g} to {high:g}: "
-            f"{found} (mu of each: {seen}).",
-            "",
-            image("mu against lambda", picture, document),
-            "",
-        ]
-    return lines
-
-
-def image(text: str, picture: Path, document: Path) -> str:
-    return f"![{text}]({Path(os.path.relpath(picture, document.parent)).as_posix()})"
+    devices = sorted({run["settings"]["device"] for runs in results.values() for run in runs})
+    return text + f"{' and '.join(devices)}, torch {where['torch']}, {where['date']}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -205,21 +248,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         "# Loss against dense",
         "",
         "Made by `benchmarks/quality/report.py` from the files of `benchmarks/quality/run.py`; each holds its command,",
-        "settings and versions. Every arm starts from the same weights and sees the same batches. Seconds are those",
-        "of training, with compilation, all feed-forward layers sparse whether that is faster or not: the speed of the",
-        "method is what `benchmarks/step.py` measures. Flip rates of dense runs are virtual, of masks that a search",
-        "would find.",
+        "settings and versions. Every arm starts from the same weights and sees the same batches. Numbers with ± are",
+        "means and standard deviations over seeds; what stands over dense, or over FST, is against the run of the same",
+        "seed. Seconds are those of training without compilation and evaluation, of runs that had a GPU to themselves,",
+        "all feed-forward layers sparse whether that is faster or not: the speed of the method is what",
+        "`benchmarks/step.py` measures. Flip rates of dense runs are virtual, of masks that a search would find; each",
+        "is over the interval between two refreshes.",
         "",
     ]
     for (family, scale), results in found.items():
         lines += [f"## {NAMES[family]}, {SCALES[scale]}", "", facts(results), "", table(results)]
-        for kind, text in (("steps", "held-out loss over steps"), ("time", "over time"), ("flips", "flip rates")):
-            picture = pictures / f"{family}_{scale}_{kind}.svg"
-            if kind == "flips":
-                draw_flips(results, picture)
-            else:
-                draw(results, picture, int(kind == "time"), "step" if kind == "steps" else "seconds of training")
-            lines.append(image(text, picture, args.document))
+        lines += [f"- {sentence}" for sentence in claims(results)]
+        tried = trials(results)
+        lines += ["", *["### Trials", "", tried] * bool(tried)]
+        alone = {arm: [run for run in runs if not run["settings"]["shared"]] for arm, runs in results.items()}
+        alone = {arm: runs for arm, runs in alone.items() if runs}
+        ablated = {arm: runs for arm, runs in results.items() if arm in ABLATIONS}
+        changed = {arm: results[arm] for arm in ("dense", "fst", *TRIALS) if arm in results} if tried else {}
+        for kind, said, drawn in (
+            ("steps", "held-out loss over steps", ablated),
+            ("time", "held-out loss over time", alone),
+            ("flips", "flip rates", ablated),
+            ("trials", "held-out loss of the trials over steps", changed),
+            ("trials_flips", "flip rates of the trials", changed),
+        ):
+            if drawn:
+                picture = pictures / f"{family}_{scale}_{kind}.svg"
+                if kind.endswith("flips"):
+                    draw_flips(drawn, picture)
+                else:
+                    x, label = (1, "seconds of training") if kind == "time" else (0, "step")
+                    draw(drawn, picture, x, label)
+                lines.append(image(said, picture, args.document))
         lines += ["", *searched(args.results, family, scale, pictures, args.document)]
     text = "\n".join(lines).rstrip() + "\n"
     with tempfile.NamedTemporaryFile("w", dir=args.document.parent, delete=False) as file:

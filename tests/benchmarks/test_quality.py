@@ -1,9 +1,11 @@
 """benchmarks/quality in small: every arm trains, killed runs end as whole ones, the report says what was saved."""
 
+import argparse
 import importlib
 import json
-import subprocess
+import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,38 +34,57 @@ def tiny(family: str, out: Path, work: Path, *more: str) -> list[str]:
     return ["--family", family, "--tiny", "--inner", "eager", "--out", str(out), "--work", str(work), *more]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, work: Path) -> Path:
+    """The folder of results of all arms of the tiny GPT, 30 steps each."""
+    out = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(QUALITY.parent)
+        patched.syspath_prepend(QUALITY)
+        importlib.import_module("run").main(tiny("gpt", out, work, "--steps", "30", "--decay", "1e-2", "--arms", "all"))
+    return out
+
+
 def load(out: Path, name: str) -> dict[str, Any]:
     return json.loads((out / f"{name}.json").read_text())
 
 
-def test_every_arm_trains_and_the_report_says_what_was_saved(tmp_path: Path, work: Path, module: Any) -> None:
+def test_every_arm_trains_and_the_report_says_what_was_saved(tmp_path: Path, trained: Path, module: Any) -> None:
     pytest.importorskip("matplotlib")
-    run, report = module("run"), module("report")
-    run.main(tiny("gpt", tmp_path / "out", work, "--steps", "30", "--decay", "1e-2"))
-    results = {arm: load(tmp_path / "out", f"gpt_tiny_0_{arm}") for arm in run.ARMS}
+    report, arms = module("report"), module("arms")
+    shutil.copytree(trained, tmp_path / "out")
+    results = {arm: load(tmp_path / "out", f"gpt_tiny_0_{arm}") for arm in arms.ARMS}
+    to_the_end = (*range(3, 31, 3),)
     for arm, result in results.items():
-        first, last = result["held_out"][0], result["held_out"][-1]
-        assert last[0] == 30 and last[2] < first[2] - 0.3, arm  # held-out loss
+        assert result["held_out"][-1][0] == 30 and result["held_out"][-1][2] < result["losses"][0][1] - 0.3, arm
         assert result["losses"][-1][1] < result["losses"][0][1] - 0.3, arm
-        to_the_end = arm in ("dense", "half", "s-ste", "ste", "fst-sparse-end")
-        assert [step for step, _ in result["flips"]] == list(range(3, 31 if to_the_end else 25, 3)), arm
+        refreshes = tuple(step for step, _ in result["flips"])
+        if arm in ("dense", "half", "s-ste", "ste", "fst-sparse-end"):
+            assert refreshes == to_the_end, arm
+        elif arm == "refresh-grows":
+            assert refreshes == (1, 2, 3, 4, 5, 6, 9, 12, 15, 24)  # every 1 to step 5, every 12 from 15 on
+        else:
+            assert refreshes == tuple(r for r in to_the_end if r < (20 if arm == "dense-third" else 25)), arm
         assert any(rate > 0 for _, rate in result["flips"]), arm
         dense = arm in ("dense", "half")
-        assert result["sparse_weights"] == (0 if dense else 4) and result["error"] is None
+        assert result["sparse_weights"] == (0 if dense else 2) and result["error"] is None
         assert result["data"] == results["dense"]["data"] and len(result["data"]["sha256"]) == 64
+        assert result["seconds"] > 0 and result["compile_seconds"] > 0
     assert results["half"]["parameters"] < results["dense"]["parameters"] == results["fst"]["parameters"]
     finals = {result["held_out"][-1][2] for result in results.values()}
-    assert len(finals) == len(run.ARMS)  # no two arms are the same run
+    assert len(finals) == len(arms.ARMS)  # no two arms are the same run
     assert results["decay-too-large"]["settings"]["options"]["decay"] == 0.5
 
     document = tmp_path / "results.md"
     report.main(["--results", str(tmp_path / "out"), "--document", str(document)])
     text = document.read_text()
-    for arm in run.ARMS:
-        assert f"| {report.MEANING[arm]} |" in text and f"{results[arm]['held_out'][-1][2]:.4f}" in text
-    base, loss = (results[arm]["held_out"][-1][2] for arm in ("dense", "fst"))
+    for arm in arms.ARMS:
+        assert f"| {report.MEANING[arm]} |" in text
+        assert arm in arms.TRIALS or f"{results[arm]['held_out'][-1][2]:.4f}" in text
+    base, loss, other = (results[arm]["held_out"][-1][2] for arm in ("dense", "fst", "dense-third"))
     assert f"{loss - base:+.4f} ({100 * (loss / base - 1):+.2f}%)" in text
-    for kind in ("steps", "time", "flips"):
+    assert f"{other - loss:+.4f} ({100 * (other / loss - 1):+.2f}%) | in {int(other < loss)} of 1 seeds" in text
+    for kind in ("steps", "trials", "time", "flips", "trials_flips"):
         assert f"(out/curves/gpt_tiny_{kind}.svg)" in text
         assert "<svg" in (tmp_path / "out" / "curves" / f"gpt_tiny_{kind}.svg").read_text()
     report.main(["--results", str(tmp_path / "out"), "--document", str(document)])
@@ -71,52 +92,183 @@ def test_every_arm_trains_and_the_report_says_what_was_saved(tmp_path: Path, wor
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "translation"])
-def test_the_other_families_search_a_decay_and_train(family: str, tmp_path: Path, work: Path, module: Any) -> None:
+def test_the_other_families_train_and_search_a_decay(family: str, tmp_path: Path, work: Path, module: Any) -> None:
     run, report = module("run"), module("report")
-    more = ("--arms", "dense,fst", "--steps", "30", "--highest-decay", "100", "--feasible", "0.2", "0.95")
-    run.main(tiny(family, tmp_path, work, *more))
-    evidence = load(tmp_path, f"{family}_tiny_0_decay")
+    search = ("--highest-decay", "100", "--feasible", "0.2", "0.95") if family == "vit" else ("--decay", "1e-2")
+    run.main(tiny(family, tmp_path, work, "--arms", "dense,fst", "--steps", "30", *search))
     results = [load(tmp_path, f"{family}_tiny_0_{arm}") for arm in ("dense", "fst")]
     for result in results:
         assert min(row[2] for row in result["held_out"]) < result["losses"][0][1] - 0.02
         assert (result["held_out"][-1][3] is None) == (family == "bert")
-    assert evidence["decay"] == results[1]["settings"]["options"]["decay"]
-    assert results[1]["sparse_weights"] == 4
+    assert results[1]["sparse_weights"] == (4 if family == "translation" else 2)
     report.main(["--results", str(tmp_path), "--document", str(tmp_path / "results.md")])
     text = (tmp_path / "results.md").read_text()
-    assert f"decay {evidence['decay']:.2g} was taken" in text
+    if family == "vit":
+        decay = load(tmp_path, "vit_tiny_decay")["decay"]
+        assert f"decay {decay:.2g} was taken" in text and decay == results[1]["settings"]["options"]["decay"]
     assert ("the least loss possible is" in text) == (family != "bert")
 
 
+@pytest.mark.parametrize("arm", ["combined", "refresh-grows", "saliency-v4"])
 def test_a_killed_run_ends_as_one_that_was_not(
-    tmp_path: Path, work: Path, module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arm: str,
+    tmp_path: Path,
+    work: Path,
+    trained: Path,
+    module: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
+    """Also where the checkpoint is in another phase than the start (16), and at the very step of a change (20)."""
     run = module("run")
-    more = ("--arms", "fst-dense-wgrad", "--steps", "30", "--decay", "1e-2", "--save-every", "8")
-    run.main(tiny("gpt", tmp_path / "whole", work, *more))
+    more = ("--arms", arm, "--steps", "30", "--decay", "1e-2", "--save-every", "4")
     step = run.Run.step
 
-    def killed(self: Any) -> torch.Tensor:
-        if self.record.step == 21:
-            raise KeyboardInterrupt
-        return step(self)
+    for at in (16, 20):
 
-    monkeypatch.setattr(run.Run, "step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run.main(tiny("gpt", tmp_path / "again", work, *more))
-    monkeypatch.setattr(run.Run, "step", step)
+        def killed(self: Any, at: int = at) -> torch.Tensor:
+            if self.record.step == at + 1:
+                raise KeyboardInterrupt
+            return step(self)
+
+        monkeypatch.setattr(run.Run, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.main(tiny("gpt", tmp_path, work, *more))
+        monkeypatch.setattr(run.Run, "step", step)
     with pytest.raises(SystemExit, match="lr was 0.003, is 0.1"):
-        run.main(tiny("gpt", tmp_path / "again", work, *more, "--lr", "0.1"))
-    run.main(tiny("gpt", tmp_path / "again", work, *more))
-    assert "goes on from step 16" in capsys.readouterr().out
-    whole, again = (load(tmp_path / where, "gpt_tiny_0_fst-dense-wgrad") for where in ("whole", "again"))
+        run.main(tiny("gpt", tmp_path, work, *more, "--lr", "0.1"))
+    run.main(tiny("gpt", tmp_path, work, *more))
+    said = capsys.readouterr().out
+    assert "goes on from step 16" in said and "goes on from step 20" in said
+    whole, again = (load(where, f"gpt_tiny_0_{arm}") for where in (trained, tmp_path))
     assert whole["losses"] == again["losses"] and whole["flips"] == again["flips"]
     assert [row[2] for row in whole["held_out"]] == [row[2] for row in again["held_out"]]
     assert not list(work.glob("gpt*.pt"))
     monkeypatch.setattr(run.Run, "step", None)  # what is finished is not run again
-    run.main(tiny("gpt", tmp_path / "again", work, *more))
+    run.main(tiny("gpt", tmp_path, work, *more))
     with pytest.raises(SystemExit, match="was made with other settings .steps was 30, is 31"):
-        run.main(tiny("gpt", tmp_path / "again", work, *more, "--steps", "31"))
+        run.main(tiny("gpt", tmp_path, work, *more, "--steps", "31"))
+
+
+def test_a_run_told_to_stop_leaves_a_checkpoint_of_that_moment(
+    tmp_path: Path, work: Path, module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = module("run")
+    step = run.Run.step
+
+    def stopped(self: Any) -> torch.Tensor:
+        if self.record.step == 2:
+            run.STOP.set()
+        return step(self)
+
+    more = tiny("vit", tmp_path, tmp_path, "--arms", "dense", "--steps", "6")
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Run, "step", stopped)
+        with pytest.raises(SystemExit, match="stopped after step 3"):
+            run.main(more)
+    run.STOP.clear()
+    run.main(more)
+    assert "goes on from step 3" in capsys.readouterr().out and load(tmp_path, "vit_tiny_0_dense")["step"] == 6
+
+
+def test_seconds_of_training_leave_out_what_is_no_part_of_it(
+    tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compilation, or a count of virtual flips, is charged as any other step of its interval of the log."""
+    run, training = module("run"), module("training")
+    clock = [0.0]
+    step = training.train_step
+
+    def costly(family: Any, args: Any, model: Any, optimizer: Any, at: int) -> torch.Tensor:
+        clock[0] += 1.0 + 1000.0 * (at == 0) + 100.0 * (at % 3 == 2)  # the first step compiles, each third counts
+        return step(family, args, model, optimizer, at)
+
+    monkeypatch.setattr(training, "train_step", costly)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    parse = run.parse
+    monkeypatch.setattr(run, "parse", lambda argv: argparse.Namespace(**{**vars(parse(argv)), "log_every": 4}))
+    run.main(tiny("vit", tmp_path, tmp_path, "--arms", "dense,ste", "--steps", "12"))
+    dense, ste = (load(tmp_path, f"vit_tiny_0_{arm}") for arm in ("dense", "ste"))
+    assert dense["seconds"] == pytest.approx(12) and dense["compile_seconds"] == 1001
+    assert ste["seconds"] == pytest.approx(12 + 300 + 100 * 4 / 3)  # its counts are refreshes, which are training
+
+
+@pytest.mark.parametrize(("arm", "count"), [("dense", 1), ("fst", 2), ("combined", 3)])
+def test_an_arm_compiles_no_more_graphs_than_it_has(
+    arm: str, count: int, tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation adds none; the weight gradient of another kind, and the dense end, one each."""
+    from sparse24.compiler import backend
+
+    inner = backend._compile_inner
+    compiled = []
+
+    def counted(*args: Any) -> Any:
+        compiled.append(args)
+        return inner(*args)
+
+    monkeypatch.setattr(backend, "_compile_inner", counted)
+    module("run").main(tiny("vit", tmp_path, tmp_path, "--arms", arm, "--steps", "12", "--decay", "1e-2"))
+    assert len(compiled) == count
+
+
+def test_masks_by_saliency_keep_the_largest_and_are_packed(tmp_path: Path, module: Any) -> None:
+    from sparse24.kernels.reference import best_mask
+
+    run, training, arms = module("run"), module("training"), module("arms")
+    args = run.parse(tiny("vit", tmp_path, tmp_path, "--steps", "12"))
+    family = module("families").Family("vit", args.size, tmp_path, 0, torch.device("cpu"))
+    common = {"refresh_every": 3, "when": "always", "inner": "eager", "decay": 0.0}
+    one = training.Run(family, args, arms.Arm(common, saliency=0.5))
+    for _ in range(3):
+        one.step()
+    for name, weight in one.session.weights.items():
+        if weight.reason_skipped is None:
+            v = one.optimizer.state[weight.param]["exp_avg_sq"]
+            assert torch.equal(weight.mask(), best_mask(weight.param.detach() * v.sqrt())), name
+            assert not torch.equal(weight.mask(), best_mask(weight.param))
+            for operand in weight.operands.values():
+                packed = training.layout.unpack(
+                    operand.packed, *weight.shape, training.layout.metadata_order(torch.device("cpu"))
+                )
+                assert torch.equal(packed, weight.param * weight.mask())
+    assert 0 < one.record.flips[0][1] < 0.5
+
+
+def test_the_decay_follows_the_learning_rate(tmp_path: Path, module: Any) -> None:
+    run, training, arms = module("run"), module("training"), module("arms")
+    args = run.parse(tiny("vit", tmp_path, tmp_path, "--steps", "20"))
+    family = module("families").Family("vit", args.size, tmp_path, 0, torch.device("cpu"))
+    common = {"refresh_every": 3, "when": "always", "inner": "eager", "decay": 1e-2}
+    one = training.Run(family, args, arms.Arm(common, decay_follows_lr=True))
+    seen = []
+    for _ in range(4):
+        one.step()
+        (decay,) = {w.recipe.decay for w in one.session.weights.values() if w.reason_skipped is None}
+        seen.append(decay)
+    assert seen == pytest.approx([1e-2 * training.lr_factor(args, step) for step in (1, 2, 3, 4)])
+    assert seen[0] > seen[1] > seen[2] > seen[3]
+
+
+def test_other_seeds_take_the_decay_that_seed_0_searched(
+    tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = module("run")
+    more = ("--steps", "12", "--highest-decay", "100", "--feasible", "0.1", "0.99")
+    seed_1 = tiny("vit", tmp_path, tmp_path, *more, "--arms", "fst", "--seed", "1")
+    with pytest.raises(SystemExit, match="vit_tiny_decay.json, which seed 0 searches .* --search-only"):
+        run.main(seed_1)
+    run.main(tiny("vit", tmp_path, tmp_path, *more, "--search-only"))
+    assert [path.name for path in tmp_path.glob("*.json")] == ["vit_tiny_decay.json"]
+    trials = load(tmp_path, "vit_tiny_decay")["trials"]
+    run.main(tiny("vit", tmp_path, tmp_path, *more, "--search-only"))  # found: not searched again
+    assert load(tmp_path, "vit_tiny_decay")["trials"] == trials
+    monkeypatch.setattr(run.sparse24, "find_decay", None)
+    run.main(seed_1)
+    found = load(tmp_path, "vit_tiny_1_fst")["settings"]["options"]["decay"]
+    assert found == load(tmp_path, "vit_tiny_decay")["decay"]
+    with pytest.raises(SystemExit, match="found a search over 9 steps in .*need one over 18"):
+        run.main([*seed_1, "--steps", "200"])
 
 
 def test_an_arm_that_ends_in_nan_is_a_result_and_the_others_go_on(
@@ -134,7 +286,7 @@ def test_an_arm_that_ends_in_nan_is_a_result_and_the_others_go_on(
     more = ("--arms", "fst,dense", "--steps", "12", "--decay", "1e-2")
     run.main(tiny("vit", tmp_path, work, *more))
     fst, dense = (load(tmp_path, f"vit_tiny_0_{arm}") for arm in ("fst", "dense"))
-    assert "NaN" in fst["error"] and dense["error"] is None and len(dense["held_out"]) == 12
+    assert "NaN" in fst["error"] and dense["error"] is None and dense["step"] == 12
     report.main(["--results", str(tmp_path), "--document", str(tmp_path / "results.md")])
     assert "NaN after step" in (tmp_path / "results.md").read_text()
 
@@ -149,10 +301,184 @@ def test_results_that_do_not_compare_are_refused(tmp_path: Path, work: Path, mod
         report.main(["--results", str(tmp_path), "--document", str(tmp_path / "results.md")])
 
 
-@pytest.mark.parametrize("script", ["run.py", "report.py"])
-def test_help(script: str) -> None:
-    done = subprocess.run([sys.executable, QUALITY / script, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "usage" in done.stdout
+def saved(folder: Path, arm: str, seed: int, loss: float, seconds: float, **settings: Any) -> None:
+    """A result as run.py writes it, with made-up numbers."""
+    settings = {"family": "gpt", "scale": "small", "arm": arm, "seed": seed, "steps": 4, "lr": 1e-3, **settings}
+    settings = {"shared": False, "device": "H", "size": {"batch": 2}, "options": {"refresh_every": 40}, **settings}
+    held_out = [[2, seconds / 2, loss + 1, None], [4, seconds, loss, None]]
+    run = {"data": {"name": "text"}, "parameters": 1, "error": None, "seconds": seconds, "losses": [[4, loss]]}
+    run |= {"settings": settings, "held_out": held_out, "flips": [], "environment": {"torch": "2", "date": "today"}}
+    (folder / f"gpt_small_{seed}_{arm}.json").write_text(json.dumps(run))
+
+
+def reported(module: Any, folder: Path) -> str:
+    module("report").main(["--results", str(folder), "--document", str(folder / "results.md")])
+    return (folder / "results.md").read_text()
+
+
+def test_the_report_pairs_runs_by_seed_and_judges_claims_and_order(tmp_path: Path, module: Any) -> None:
+    pytest.importorskip("matplotlib")
+    for seed, base in ((0, 2.0), (1, 4.0)):  # seeds differ by far more than arms do
+        saved(tmp_path, "dense", seed, base, 8.0)
+        saved(tmp_path, "fst", seed, base * (1.004 if seed == 0 else 1.002), 4.0)
+        saved(tmp_path, "fst-sparse-end", seed, base * 1.01, 4.0, shared=True)
+        saved(tmp_path, "half", seed, base * 1.001, 4.0, shared=True)
+        saved(tmp_path, "dense-third", seed, base * (1.003 if seed == 0 else 1.0028), 4.0, shared=True)
+    text = reported(module, tmp_path)
+    assert "| +0.0080 ± 0.0000 (+0.30 ± 0.14%) |" in text
+    assert "+0.30% from that of dense: the claim of 0.5% holds" in text
+    assert "| +0.0006 ± 0.0037 (-0.01 ± 0.13%) | in 1 of 2 seeds |" in text
+    assert "dense (+0.0000), half (+0.0030), fst (+0.0080), fst-sparse-end (+0.0300)" in text
+    assert "DIFFERS in 1 of 2 pairs: fst is not better than half (+0.0050, better in 0 of 2 seeds)" in text
+    assert "Seed 0: the steps of FST take 0.500 times as long" in text
+    assert "at equal time (4 s) FST is at 2.0080 and dense at 3.0000" in text
+    saved(tmp_path, "fst", 0, 2.1, 4.0)
+    assert "the claim of 0.5% DOES NOT HOLD" in reported(module, tmp_path)
+
+
+def test_shared_runs_have_no_times_in_the_report(tmp_path: Path, module: Any) -> None:
+    pytest.importorskip("matplotlib")
+    for arm in ("dense", "fst"):
+        saved(tmp_path, arm, 0, 2.0, 77.0, shared=True)
+    text = reported(module, tmp_path)
+    assert "gpt_small_steps.svg" in text
+    assert "gpt_small_time.svg" not in text and "equal time" not in text and "| 77 |" not in text
+    for arm in ("dense", "fst"):
+        saved(tmp_path, arm, 0, 2.0, 77.0)
+    text = reported(module, tmp_path)
+    assert "gpt_small_time.svg" in text and "equal time" in text and "| 77 |" in text
+
+
+class Finished:
+    """In subprocess.Popen's place: run.py that is done at once, or fails, or never ends."""
+
+    started: list[tuple[str, list[str]]]
+    fails: str
+    ends = True
+
+    def __init__(self, command: list[str], env: dict[str, str], **_: Any) -> None:
+        run = sys.modules["run"]
+        args = run.parse(command[2:])
+        what = ["text"] if args.prepare else ["search"] if args.search_only else args.arms
+        type(self).started.append((env["CUDA_VISIBLE_DEVICES"], [args.family, str(args.seed), *what]))
+        self.pid, self.returncode = 0, None
+        if not self.ends:
+            return
+        self.returncode = 0
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.prepare:
+            run.Family(args.family, args.size, args.work, 1_000_000, torch.device("cpu"))
+        elif args.search_only:
+            evidence = {"decay": 1.0, "settings": {"steps": args.search_steps}}
+            run.evidence_of(args).write_text(json.dumps(evidence))
+        for arm in args.arms:
+            if arm == self.fails:
+                self.returncode = 1
+                return
+            (args.out / f"{args.name}_{arm}.json").write_text("{}")
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def terminate(self) -> None:
+        self.returncode = 143
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.fixture
+def planned(
+    module: Any, monkeypatch: pytest.MonkeyPatch, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> Callable[..., tuple[list[Any], str]]:
+    """Runs a plan with `Finished`; what it started and said."""
+    plan = module("plan")
+    monkeypatch.setattr(plan.subprocess, "Popen", Finished)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(Finished, "ends", True)
+
+    def go(*more: str, fails: str = "", seconds: float = 1000) -> tuple[list[Any], str]:
+        Finished.started, Finished.fails = [], fails
+        options = ["--", "--out", str(tmp_path / "out"), "--work", str(work)]
+        plan.main(["--scale", "tiny", "--seconds", str(seconds), *more, *options])
+        return Finished.started, capsys.readouterr().out
+
+    return go
+
+
+def test_a_plan_runs_the_most_important_first_on_all_gpus_and_nothing_twice(planned: Any, work: Path) -> None:
+    for path in work.glob("text_*"):
+        path.unlink()
+    started, said = planned("--families", "gpt", "vit", "--seeds", "0", "1", "--gpus", "2", "--per-gpu", "2")
+    what = [jobs for _, jobs in started]
+    assert what.index(["gpt", "0", "text"]) < what.index(["gpt", "0", "search"])
+    assert what[0] == ["gpt", "0", "text"] and ["vit", "0", "search"] in what[:4]
+    assert {gpu for gpu, _ in started[:4]} == {"0", "1"} and {gpu for gpu, _ in started} == {"0", "1"}
+    order = [(family, seed, arm) for family, seed, *arms in what for arm in arms]
+    assert len(order) == len(set(order)) == 3 + 2 * 2 * 9 + 2 * 7
+    assert all(order.index(("gpt", s, "fst")) < order.index(("gpt", s, "combined")) for s in "01")
+    assert order.index(("gpt", "0", "combined")) < order.index(("gpt", "0", "ste")) < order.index(("gpt", "1", "fst"))
+    assert not [jobs for jobs in what if jobs[0] == "vit" and "combined" in jobs] and max(map(len, what)) == 5
+    assert "53 of 53 are done" in said and "missing" not in said
+    assert planned("--families", "gpt", "vit", "--seeds", "0", "1")[0] == []
+
+
+def test_what_fails_is_said_and_the_rest_goes_on(planned: Any) -> None:
+    more = ("--families", "vit", "--seeds", "0", "--arms", "fst,fst-sparse-end,ste,half", "--gpus", "1")
+    started, said = planned(*more, fails="ste")
+    assert [jobs for _, jobs in started][-1] == ["vit", "0", "half"]
+    assert "FAILED with exit code 1" in said and "failed: vit 0 ste" in said and "missing" not in said
+    assert [jobs for _, jobs in planned(*more)[0]] == [["vit", "0", "ste"]]
+
+
+def test_a_plan_ends_in_time_and_says_what_is_missing(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["plan"], "WORTH_STARTING_S", 0.1)
+    monkeypatch.setattr(Finished, "ends", False)
+    began = time.monotonic()
+    started, said = planned("--families", "vit", "--seeds", "0", "--arms", "dense,fst", "--gpus", "1", seconds=21)
+    assert time.monotonic() - began < 5
+    assert sorted(jobs for _, jobs in started) == [["vit", "0", "dense"], ["vit", "0", "search"]]
+    assert "0 of 3 are done" in said and "missing: vit search; vit 0 dense; vit 0 fst" in said and "failed" not in said
+    assert planned("--families", "vit", "--seeds", "0", seconds=20)[0] == []  # nothing is begun without time for it
+
+
+def test_a_plan_runs_run_py(tmp_path: Path, module: Any, capsys: pytest.CaptureFixture) -> None:
+    where = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    plan = [
+        "--scale",
+        "tiny",
+        "--seconds",
+        "300",
+        "--families",
+        "vit",
+        "--seeds",
+        "0",
+        "--arms",
+        "dense",
+        "--gpus",
+        "1",
+    ]
+    module("plan").main([*plan, "--per-gpu", "2", "--", "--steps", "4", "--inner", "eager", *where])
+    assert "1 of 1 are done" in capsys.readouterr().out
+    result = load(tmp_path / "out", "vit_tiny_0_dense")
+    assert result["step"] == 4 and result["settings"]["shared"]
+    assert "held-out loss" in (tmp_path / "work" / "logs" / "vit_tiny_0_dense.log").read_text()
+
+
+@pytest.mark.parametrize("script", ["run", "report", "plan"])
+def test_help(script: str, module: Any, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module(script).main(["--help"])
+    assert ended.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_arms_are_named_by_group_and_unknown_ones_refused(module: Any) -> None:
+    arms = module("arms")
+    assert arms.named("trials,dense,dense") == [*arms.TRIALS, "dense"]
+    with pytest.raises(ValueError, match="found arm denes, need some of ablations, trials, all, dense"):
+        arms.named("denes")
+    assert not any(map(arms.needs_decay, ("dense", "half", "ste", "sr-ste", "s-ste")))
+    assert all(map(arms.needs_decay, ("fst", "decay-too-large", *arms.TRIALS)))
 
 
 def test_sizes_are_what_their_comments_say(module: Any) -> None:
@@ -179,7 +505,8 @@ def test_translation_is_a_function_that_can_be_undone(module: Any) -> None:
     source, begun, target = data.batch(0, 3, 8, 32)
     assert torch.equal(begun[:, 1:], target[:, :-1]) and not begun[:, 0].any()
     for row, out in zip(source.tolist(), target.tolist(), strict=True):
-        expected, phrase = [], []
+        expected: list[int] = []
+        phrase: list[int] = []
         for token in row:
             if 1 <= token <= corpora.SEPARATORS:
                 words = data.dictionaries[token % corpora.DICTIONARIES]
