@@ -6,9 +6,10 @@ inputs: state follows the weight and not the graph, so one graph serves every bl
 block.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..kernels import ahead, providers
@@ -429,7 +431,8 @@ def _settled(param: Tensor, linear: Linear, recipe: Recipe) -> Linear | None:
         return replace(linear, reason=known.reason_skipped, wgrad=known.wgrad)
     waiting = weights.waiting(param)
     if "wgrad" in waiting:
-        return replace(linear, reason=waiting.get("reason"), wgrad=waiting["wgrad"])
+        wgrad = waiting["wgrad"] if recipe.wgrad == "mvue" else recipe.wgrad  # measured then, or asked for now
+        return replace(linear, reason=waiting.get("reason"), wgrad=wgrad)
     if recipe.when == "always" or recipe.recipe == "s-ste":
         return replace(linear, wgrad=recipe.wgrad)
     slow = providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
@@ -464,5 +467,20 @@ def _compile_inner(gm: GraphModule, inputs: Sequence[Any], recipe: Recipe, mode:
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **recipe.inductor}
-    fast: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
+    fast: Any
+    with _tracing(inputs) as seen:
+        fast = compile_fx(gm, seen, config_patches=patches or None)
     return fast  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _tracing(inputs: Sequence[Any]) -> Iterator[list[Any]]:
+    """The inputs to compile with. Where Dynamo is not tracing, they are made as static as it would have made them:
+    without its context Inductor would not look into its cache.
+    """
+    if TracingContext.try_get() is not None:
+        yield list(inputs)
+        return
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with tracing(TracingContext(mode)):
+        yield [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in inputs]

@@ -203,22 +203,26 @@ class _Store:
 
     def __init__(self, path: Path, header: dict[str, str]) -> None:
         self.path, self.header = path, header
-        self.choices: dict[str, Choice] = {}
+        self.choices = self._read()
+
+    def _read(self) -> dict[str, Choice]:
         try:
-            saved = json.loads(path.read_text())
-            if saved["header"] != header:
+            saved = json.loads(self.path.read_text())
+            if saved["header"] != self.header:
                 raise ValueError(f"it is of {saved['header']}")
-            self.choices = {key: Choice(**value) for key, value in saved["choices"].items()}
-            if any(c.provider not in (KERNEL, *_BY_NAME) for c in self.choices.values()):
+            choices = {key: Choice(**value) for key, value in saved["choices"].items()}
+            if any(c.provider not in (KERNEL, *_BY_NAME) for c in choices.values()):
                 raise ValueError("it names unknown providers")
+            return choices
         except FileNotFoundError:
-            pass
+            return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self.choices = {}
-            log.warning("sparse24: ignored the cache of measured choices %s: %s", path, error)
+            log.warning("sparse24: ignored the cache of measured choices %s: %s", self.path, error)
+            return {}
 
     def add(self, key: str, choice: Choice) -> None:
-        self.choices[key] = choice
+        """Keep a choice, beside those that other processes have kept since."""
+        self.choices = {**self._read(), **self.choices, key: choice}
         text = json.dumps({"header": self.header, "choices": {k: asdict(c) for k, c in self.choices.items()}}, indent=1)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -234,3 +234,22 @@ def test_no_import_of_sparse24_is_needed(tmp_path: Path) -> None:
 def test_only_sparse24_becomes_importable(name: str, tmp_path: Path) -> None:
     code = f"import importlib.util as u, sparse24.{name}; print(u.find_spec({name!r}))"
     assert run_python(code, tmp_path) == "None"
+
+
+def test_the_dense_end_is_compiled_from_inductors_cache(tmp_path, monkeypatch) -> None:
+    """It is compiled outside of Dynamo's tracing, with static shapes all the same."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for hits in (0, 2):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, x = MLP(), torch.randn(7, 64)
+        run = compiled(model, inner="inductor", dense_after=1)
+        run(x).sum().backward()
+        sparse24.session(model).to_dense()
+        counters.clear()
+        assert relative(run(x), model(x)) < 1e-5
+        run(x).sum().backward()
+        assert counters["inductor"]["fxgraph_cache_bypass"] == 0
+        assert counters["inductor"]["fxgraph_cache_hit"] == hits

@@ -189,6 +189,14 @@ def test_state_of_another_recipe_names_the_difference(before: bool) -> None:
         assert sparse24.session(run).step == 2
 
 
+def test_a_weight_gradient_that_is_asked_for_is_not_taken_from_the_state() -> None:
+    _, state = saved(wgrad="mvue")
+    model = Stack(MLP())
+    sparse24.session(model).load_state_dict(state, strict=False)
+    compiled(model, wgrad="dense")(torch.randn(1, 64))
+    assert {w.wgrad for w in sparse24.session(model).weights.values()} == {"dense"}
+
+
 def test_the_model_stays_as_it_is() -> None:
     """Same keys, picklable, copyable; a copy trains with masks of its own."""
     model = Stack(MLP())
