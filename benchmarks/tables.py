@@ -175,6 +175,58 @@ def ffn(saved: Row) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
+def memory(saved: Row) -> str:
+    """GiB on the GPU between steps and at most, of one model alone."""
+    cells = []
+    for row in saved["rows"]:
+        parts = [f"{row[kind]:.2f}" if kind in row else "" for kind in ("masters", "packed", "packed_t")]
+        cells.append([NAMES.get(row["model"], row["model"]), row["kind"], f"{row['resident_gib']:.2f}"])
+        cells[-1] += [f"{row['peak_gib']:.2f}", *parts]
+    header = "model | way | between steps | at most | masters of sparse layers | packed W | packed W^T"
+    return markdown(header, cells) + made_by(saved["environment"])
+
+
+def compile_time(saved: Row) -> str:
+    """s to the end of the first step with empty caches, and its parts."""
+    names = list(dict.fromkeys(part for row in saved["rows"] for part in row["parts"]))
+    cells = []
+    for row in saved["rows"]:
+        cells.append([NAMES.get(row["model"], row["model"]), row["kind"], f"{row['first_step_s']:.1f}"])
+        cells[-1] += [f"{row['of_dense']:.2f}", *(f"{row['parts'][n]:.1f}" if n in row["parts"] else "" for n in names)]
+    return markdown(" | ".join(["model", "way", "first step, s", "of dense", *names]), cells) + made_by(
+        saved["environment"]
+    )
+
+
+def gluon(saved: Row) -> str:
+    """Each variant on the first shape, then the fastest one on all shapes, beside cuSPARSELt's best algorithm."""
+    problems: dict[tuple[int, int, str], dict[str, Row]] = {}
+    for row in saved["rows"]:
+        problems.setdefault((row["k"], row["f"], row["matmul"]), {})[row["with"]] = row
+    problems = {problem: of for problem, of in problems.items() if "cusparselt" in of and len(of) > 2}
+    first = next(iter(problems), (0, 0, ""))[:2]
+    kinds = [matmul for k, f, matmul in problems if (k, f) == first]
+    ms: Callable[[Row], float] = lambda row: row["ms"]["p50"]  # noqa: E731
+    variants = []
+    for name, check in saved["checks"].items():
+        found = [problems[(*first, kind)] for kind in kinds]
+        variants.append([f"`{name}`", "yes" if check["right"] else "no"])
+        variants[-1] += [f"{ms(of['cusparselt']) / ms(of[name]):.2f}" if name in of else "" for of in found]
+    fastest = []
+    for (k, f, matmul), of in problems.items():
+        best = min((name for name in of if name not in ("dense", "cusparselt")), key=lambda name: ms(of[name]))
+        fastest.append([f"{k} x {f}", matmul, *(f"{ms(of[name]):.4f}" for name in ("dense", "cusparselt", best))])
+        fastest[-1] += [f"`{best}`", f"{ms(of['cusparselt']) / ms(of[best]):.2f}", f"{of[best]['of_peak']:.2f}"]
+    header = " | ".join(["variant", "right", *(f"{kind}, of cuSPARSELt's speed" for kind in kinds)])
+    second = "in x out | matmul | dense, ms | cuSPARSELt, ms | fastest variant, ms | which | of cuSPARSELt's speed"
+    tables = [
+        f"{first[0]} x {first[1]}:\n",
+        markdown(header, variants),
+        markdown(f"{second} | of the dense peak", fastest),
+    ]
+    return "\n".join(tables) + made_by(saved["environment"])
+
+
 def inference(saved: Row) -> str:
     """A pruned block's forward over the number of tokens: time and memory of each way to run it."""
     cells = []
@@ -218,6 +270,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "matmuls": _of("gemm", matmuls),
     "ffn": _of("ffn", ffn),
     "inference": _of("inference", inference),
+    "memory": _of("memory", memory),
+    "compile_time": _of("compile_time", compile_time),
+    "gluon": _of("gluon", gluon),
     "families": _of("models", families),
 }
 

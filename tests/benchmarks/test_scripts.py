@@ -66,6 +66,33 @@ def test_the_table_of_families_leaves_out_what_failed(tmp_path):
     assert "| gpt2 | 2M | 4 | 3.0 ms | 2.0 ms | 1.50 | 2e-04 |" in text and "bert" not in text
 
 
+def test_the_tables_of_gluon_tell_wrong_variants_and_the_fastest(tmp_path):
+    environment = {"gpu": "GPU", "torch": "2", "triton": "3", "cusparselt": "0", "date": "today", "command": "python x"}
+    times = {
+        ("forward", 4096): {"dense": 3.0, "cusparselt": 2.0, "slow": 2.5, "fast": 1.6},
+        ("wgrad", 4096): {"dense": 3.0, "cusparselt": 2.0, "fast": 2.0},
+        ("forward", 1024): {"dense": 1.0, "cusparselt": 0.8, "slow": 0.5, "fast": 1.0},
+        ("forward", 64): {"dense": 1.0, "slow": 0.5},  # where cuSPARSELt has no right algorithm
+    }
+    rows = [
+        {"k": k, "f": 2 * k, "matmul": matmul, "with": name, "ms": {"p50": ms}, "of_peak": 1.0}
+        for (matmul, k), found in times.items()
+        for name, ms in found.items()
+    ]
+    checks = {"slow": {"right": True}, "fast": {"right": True}, "bad": {"right": False}}
+    saved = {"environment": environment, "checks": checks, "rows": rows}
+    (tmp_path / "gluon.json").write_text(json.dumps(saved))
+    text = tables.TABLES["gluon"](tmp_path)
+    assert "| `slow` | yes | 0.80 |  |" in text and "| `fast` | yes | 1.25 | 1.00 |" in text
+    assert "| `bad` | no |  |  |" in text
+    assert "| 4096 x 8192 | forward | 3.0000 | 2.0000 | 1.6000 | `fast` | 1.25 | 1.00 |" in text
+    assert (
+        "| 1024 x 2048 | forward | 1.0000 | 0.8000 | 0.5000 | `slow` | 1.60 | 1.00 |" in text and "64 x 128" not in text
+    )
+    (tmp_path / "gluon.json").write_text(json.dumps({**saved, "rows": []}))
+    assert "| `slow` | yes |" in tables.TABLES["gluon"](tmp_path)
+
+
 def test_a_profile_is_counted_whole():
     kinds = tables._by_kind({"nvjet_a": 2.0, "sm90_xmma_sparse_gemm_b": 3.0, "glu_c": 1.0, "all kernels": 10.0})
     assert kinds["dense matmuls"] == 2.0 and kinds["sparse matmuls"] == 3.0 and kinds[tables.OTHER] == 4.0
@@ -118,5 +145,8 @@ def test_memory_and_compile_time_of_each_kind(tmp_path):
         run(script, "--models", "tiny", "--out", tmp_path / "found.json")
         rows = json.loads((tmp_path / "found.json").read_text())["rows"]
         assert [row["kind"] for row in rows] == kinds and all(number in row for row in rows)
+        (tmp_path / script.replace(".py", ".json")).write_text((tmp_path / "found.json").read_text())
+        lines = tables.TABLES[script.removesuffix(".py")](tmp_path).splitlines()
+        assert [line.split(" | ")[1] for line in lines if line.startswith("| tiny")] == kinds
     parts = rows[1]["parts"]
     assert not rows[0]["parts"] and 0 < parts["compiler behind"] < rows[1]["first_step_s"]
