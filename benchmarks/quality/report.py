@@ -1,4 +1,4 @@
-"""docs/results.md and its curves, from the saved results of run.py. No number in it is written by hand.
+"""What docs/results.md says of the loss, and its curves, from the saved results of run.py.
 
     python benchmarks/quality/report.py
 
@@ -20,6 +20,7 @@ from arms import ABLATIONS, ARMS, TOO_LARGE, TRIALS
 from curves import Results, draw, draw_flips, image, searched
 
 ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- made by benchmarks/quality/report.py -->", "<!-- end -->"
 NAMES = {
     "gpt": "GPT decoder, next token",
     "bert": "BERT, masked tokens",
@@ -239,13 +240,13 @@ def facts(results: Results) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="folder of run.py")
-    p.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md", help="file to write")
+    p.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md", help="page to write into")
     args = p.parse_args(argv)
     found = load(args.results)
     pictures = args.results / "curves"
     pictures.mkdir(exist_ok=True)
     lines = [
-        "# Loss against dense",
+        "## Loss against dense",
         "",
         "Made by `benchmarks/quality/report.py` from the files of `benchmarks/quality/run.py`; each holds its command,",
         "settings and versions. Every arm starts from the same weights and sees the same batches. Numbers with ± are",
@@ -257,10 +258,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "",
     ]
     for (family, scale), results in found.items():
-        lines += [f"## {NAMES[family]}, {SCALES[scale]}", "", facts(results), "", table(results)]
+        lines += [f"### {NAMES[family]}, {SCALES[scale]}", "", facts(results), "", table(results)]
         lines += [f"- {sentence}" for sentence in claims(results)]
         tried = trials(results)
-        lines += ["", *["### Trials", "", tried] * bool(tried)]
+        lines += ["", *["#### Trials", "", tried] * bool(tried)]
         alone = {arm: [run for run in runs if not run["settings"]["shared"]] for arm, runs in results.items()}
         alone = {arm: runs for arm, runs in alone.items() if runs}
         ablated = {arm: runs for arm, runs in results.items() if arm in ABLATIONS}
@@ -281,7 +282,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                     draw(drawn, picture, x, label)
                 lines.append(image(said, picture, args.document))
         lines += ["", *searched(args.results, family, scale, pictures, args.document)]
-    text = "\n".join(lines).rstrip() + "\n"
+    text = f"{BEGIN}\n{chr(10).join(lines).rstrip()}\n{END}\n"
+    if args.document.exists():
+        page = args.document.read_text()
+        if BEGIN not in page:
+            raise SystemExit(
+                f"found no line {BEGIN} in {args.document}, need one, and {END}: what is between is replaced"
+            )
+        before, _, rest = page.partition(f"{BEGIN}\n")
+        text = before + text + rest.partition(f"{END}\n")[2]
     with tempfile.NamedTemporaryFile("w", dir=args.document.parent, delete=False) as file:
         file.write(text)
     os.replace(file.name, args.document)

@@ -87,8 +87,13 @@ def test_every_arm_trains_and_the_report_says_what_was_saved(tmp_path: Path, tra
     for kind in ("steps", "trials", "time", "flips", "trials_flips"):
         assert f"(out/curves/gpt_tiny_{kind}.svg)" in text
         assert "<svg" in (tmp_path / "out" / "curves" / f"gpt_tiny_{kind}.svg").read_text()
+    document.write_text(f"# Page\n\n{report.BEGIN}\nof before\n{report.END}\n\n## After\n")
     report.main(["--results", str(tmp_path / "out"), "--document", str(document)])
-    assert document.read_text() == text
+    assert document.read_text() == f"# Page\n\n{text}\n## After\n"
+    document.write_text("# A page of something else\n")
+    with pytest.raises(SystemExit, match="found no line <!-- made by benchmarks/quality/report.py -->"):
+        report.main(["--results", str(tmp_path / "out"), "--document", str(document)])
+    assert document.read_text() == "# A page of something else\n"
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "translation"])
