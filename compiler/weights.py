@@ -14,7 +14,6 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from ..kernels import layout, ops
 from ..kernels import soft as soft24
-from ..kernels.reference import best_mask
 from ..passes.parallel import is_dtensor
 from . import fsdp, shards, soft
 from .errors import NotFiniteError, OptionError, StateError
@@ -131,7 +130,7 @@ class SparseWeight:
 
     def _found_mask(self) -> Tensor:
         """bool of the shape of `rows`: the mask that a search finds now, whatever is in force."""
-        return soft24.mask_of(self.rows()) if self.soft else best_mask(self.held)
+        return soft24.mask_of(self.rows()) if self.soft else ops.best_mask(self.held)
 
     @property
     def counts_apart(self) -> bool:

@@ -56,7 +56,8 @@ def start(calls: Iterable[Call], device: torch.device) -> None:
         import triton
     except ImportError:
         return
-    if device.type != "cuda" or triton.knobs.runtime.interpret or int(os.environ.get("LOCAL_RANK", 0)):
+    others = os.environ.get("LOCAL_RANK", "0") not in ("", "0")  # ranks that share the cache with the one that compiles
+    if device.type != "cuda" or triton.knobs.runtime.interpret or others or not sys.executable:
         return
     capability = torch.cuda.get_device_capability(device)
     _start(list(dict.fromkeys(calls)), capability[0] * 10 + capability[1], layout.metadata_order(device))

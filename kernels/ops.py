@@ -98,6 +98,21 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
     return _twin("pack_weights_", blocks[0].packed)(blocks, search)
 
 
+def best_mask(w: Tensor) -> Tensor:
+    """The mask that `pack_weights_` finds of w [rows, cols], bool of its shape: `reference.best_mask`.
+
+    On a GPU by the same kernel, into packed forms that are thrown away (2.25 bytes an entry meanwhile): the reference
+    would take many times as long and as much memory there.
+    """
+    if w.device.type == "cpu" or _fast is None:
+        return reference.best_mask(w)
+    (rows, cols), dtype = w.shape, w.dtype if w.dtype.itemsize == 2 else torch.bfloat16
+    forms = [torch.zeros(layout.numel(rows, cols, dtype), dtype=dtype, device=w.device) for _ in range(2)]
+    pack_weights_([Block(w, *forms, 0, 0, rows, cols)], True)
+    metadata = layout.split(forms[0], rows, cols)[1]
+    return layout.mask_from_nibbles(layout.read_nibbles(metadata, rows, cols, layout.metadata_order(w.device)))
+
+
 def masked_decay_(grads: Sequence[Tensor], blocks: Sequence[Block], decay: float) -> None:
     """grad += decay * (1 - M) * w in place for each weight w and its mask M: the paper's masked decay, in one launch.
 

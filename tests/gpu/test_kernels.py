@@ -63,6 +63,13 @@ def test_no_rounding_of_the_decision_differs(order):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_alone_is_that_of_the_twin(order, dtype):
+    w = spread(384, 256).to(dtype)
+    for view in (lambda x: x, lambda x: x.t(), lambda x: x[64:192, 128:]):
+        assert torch.equal(ops.best_mask(view(w.to(GPU))).cpu(), reference.best_mask(view(w)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("master", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_weight_packs_to_the_bytes_of_the_twin(order, master, dtype, transposed):
