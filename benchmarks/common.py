@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -27,8 +28,17 @@ def clocks() -> str:
         return ""
 
 
+def code() -> str:
+    """A digest of the package's sources: what was measured."""
+    digest = hashlib.sha256()
+    for folder in ("sparse24", "compiler", "passes", "kernels"):
+        for source in sorted((RESULTS.parents[1] / folder).glob("*.py")):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def environment() -> dict[str, Any]:
-    """GPU, clocks, versions, date and the command: every result carries them."""
+    """GPU, clocks, versions, sources, date and the command: every result carries them."""
     import triton
 
     from sparse24.kernels import cusparselt
@@ -40,6 +50,7 @@ def environment() -> dict[str, Any]:
         "triton": triton.__version__,
         "cusparselt": cusparselt.version() if torch.cuda.is_available() else "",
         "python": platform.python_version(),
+        "code": code(),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
     }
@@ -59,16 +70,18 @@ class Rows:
     """The rows of a result, saved as each comes: a script that was cut has lost what it was measuring only.
 
     key: the fields that tell what a row is of. resume: begin with the rows of an earlier run in `path`, but for those
-    that failed. Raises SystemExit where that ran on another GPU or other versions: its rows would not compare.
+    that failed. head: the settings of all rows. Raises SystemExit where the earlier run was on another GPU, with other
+    versions, sources or settings: its rows would not compare.
     """
 
     def __init__(self, path: Path, key: tuple[str, ...], resume: bool = False, **head: Any) -> None:
         self.path, self.key, self.head, self.rows = path, key, head, list[dict[str, Any]]()
         if resume and path.exists():
-            saved, here = json.loads(path.read_text()), environment()
-            for name in ("gpu", "torch", "triton", "cusparselt"):
-                if saved["environment"][name] != here[name]:
-                    found = f"{name} {saved['environment'][name]!r}, is {here[name]!r}"
+            saved = json.loads(path.read_text())
+            here, before = {**environment(), **head}, {**saved["environment"], **saved}
+            for name in ("gpu", "torch", "triton", "cusparselt", "code", *head):
+                if before.get(name) != here[name]:
+                    found = f"{name} {before.get(name)!r}, is {here[name]!r}"
                     raise SystemExit(f"{path} was measured with {found}; leave out --resume, or give another --out")
             self.rows = [row for row in saved["rows"] if "error" not in row]
 

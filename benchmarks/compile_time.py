@@ -18,7 +18,7 @@ import torch
 from common import environment, parser, save
 from step import MODELS, Run
 
-TINY = {"d": 128, "ff": 256, "heads": 2, "layers": 2, "batch": 2, "seq": 64, "vocab": 256}
+TINY = {"d": 128, "ff": 256, "heads": 2, "layers": 1, "batch": 2, "seq": 64, "vocab": 256}
 
 
 class Clock:

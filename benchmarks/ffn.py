@@ -68,7 +68,7 @@ def main() -> None:
     args = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inner = {"inner": "eager"} if args.tiny else {}
-    rows = Rows(args.out, ("d", "kind"), args.resume, when=args.when)
+    rows = Rows(args.out, ("d", "kind"), args.resume, when=args.when, tokens=args.tokens)
     print(environment())
     print(f"{'d':>6s} {'kind':6s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'bound ms':>9s}")
     for d in [192] if args.tiny else args.widths:

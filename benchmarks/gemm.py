@@ -89,7 +89,7 @@ def main() -> None:
     p.add_argument("--tiny", action="store_true", help="one small shape, to try the script on a CPU")
     args = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = Rows(args.out, ("k", "f", "matmul"), args.resume)
+    rows = Rows(args.out, ("k", "f", "matmul"), args.resume, tokens=args.tokens)
     print(environment())
     numbers = f"{'ms':>8s} {'ratio':>6s} {'of peak':>8s} {'cold ms':>8s} {'host':>5s}"
     print(f"{'K':>6s} {'F':>6s} {'matmul':8s} {'with':16s} {numbers}")

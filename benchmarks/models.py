@@ -304,7 +304,7 @@ def main() -> None:
     p.add_argument("--tiny", action="store_true", help="small sizes, to try the script on a CPU")
     args = p.parse_args()
     options = {"layers": args.layers, "when": args.when, "inner": args.inner}
-    rows = Rows(args.out, ("model",), args.resume)
+    rows = Rows(args.out, ("model",), args.resume, tokens=args.tokens, **options)
     print(environment())
     print(
         f"{'model':16s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'loss diff':>9s}  sparse weights", flush=True

@@ -210,7 +210,7 @@ def main() -> None:
     p.add_argument("--when", default="faster", choices=["faster", "always"], help="the recipe's option")
     p.add_argument("--profile", action="store_true", help="add the time of each kernel")
     args = p.parse_args()
-    rows = Rows(args.out, ("model", "layers"), args.resume)
+    rows = Rows(args.out, ("model", "layers"), args.resume, when=args.when)
     print(environment())
     print(
         f"{'model':20s} {'layers':6s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'micro':>6s}  sparse weights",

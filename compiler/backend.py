@@ -383,11 +383,14 @@ def _measure_matmuls(
     if recipe.recipe == "s-ste":
         return
     layers = {linear: _layer(weight_of(linear.weight), linear, together[linear], recipe) for linear in linears}
+    settled = {linear: _settled(weight_of(linear.weight), linear, recipe) for linear in linears}
+    dense = {linear for linear, found in settled.items() if found is not None and found.reason is not None}
     for device in {layer.device for layer in layers.values()}:
-        alike = {(m.dtype, m.master, m.wgrad, m.kind, m.bias) for m in layers.values() if m.device == device}
-        ahead.start([call for one in alike for call in ahead.calls_of(*one)], device)
+        of = [layer for linear, layer in layers.items() if layer.device == device and linear not in dense]
+        calls = [call for m in of for call in ahead.calls_of(m.dtype, m.master, m.wgrad, m.kind, m.bias)]
+        ahead.start(calls, device, recipe.inner == "inductor")
     for linear, layer in layers.items():
-        if _settled(weight_of(linear.weight), linear, recipe) is None:
+        if settled[linear] is None:
             measure_matmuls(layer)
 
 

@@ -43,7 +43,7 @@ def draw_seed(weight: SparseWeight) -> int:
 
 def seeds_on(seeds: Sequence[int], device: torch.device) -> Tensor:
     """int64 [n] on `device`, without waiting for it."""
-    host = torch.tensor(seeds, dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.tensor(seeds, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 

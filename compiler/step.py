@@ -32,7 +32,7 @@ class _Deferred:
 
     def __init__(self, stepped: list[SparseWeight], stats: torch.Tensor) -> None:
         self.weights, self.steps = stepped, [w.step for w in stepped]
-        self.host = torch.empty(stats.shape, dtype=stats.dtype, pin_memory=True)
+        self.host = torch.empty(stats.shape, dtype=stats.dtype, device="cpu", pin_memory=True)
         self.host.copy_(stats, non_blocking=True)
         self.done = torch.cuda.Event()
         self.done.record()

@@ -5,15 +5,19 @@ without data, into Triton's cache, where the launches of this process then find 
 one. Where anything fails, the launches compile for themselves, as they would have.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +30,7 @@ log = logging.getLogger("sparse24")
 
 #: An op of `triton_ops` and what `_run` makes its arguments of.
 Call = tuple[str | bool | None, ...]
-_SLOWEST_S = 60.0  # after which a process is given up
+_SLOWEST_S = 60.0  # after which what still runs is given up
 #: Without what `sparse24/__init__` imports, the compiler above all: a process is ready in half the time.
 _PROGRAM = """
 import sys, types
@@ -35,49 +39,75 @@ parent.__path__ = [sys.argv[1]]
 from sparse24.kernels.ahead import main
 main(*sys.argv[2:])
 """
-_pending: list[tuple[subprocess.Popen[str], Path]] = []
+
+
+class _Work(NamedTuple):
+    """A process, what it says, and the files that are to say that it is done."""
+
+    process: subprocess.Popen[bytes]
+    said: IO[bytes]
+    marks: Sequence[Path]
+
+
+_pending: list[_Work] = []
+_lock = threading.Lock()
 
 
 def calls_of(dtype: torch.dtype, master: torch.dtype, wgrad: str, kind: str | None, bias: bool) -> list[Call]:
     """The launches of a training step of one layer (`gain`). Its sizes do not matter: all are multiples of 64."""
     of, to = (str(t).removeprefix("torch.") for t in (master, dtype))
+    bias_of = of if bias and kind is not None else None  # autocast leaves a bias as it is
     found: list[Call] = [("pack_weights_", of, to, search) for search in (True, False)]
     found.append(("masked_decay_", of, to))
     if kind is not None:
-        found += [(op, to, kind, bias) for op in ("glu_backward", "glu")]
+        found += [(op, to, kind, bias_of) for op in ("glu_backward", "glu")]
     if wgrad == "mvue":
-        found.append(("pack_gradient" if kind is None else "glu_backward_pack", to, kind, bias))
+        found.append(("pack_gradient" if kind is None else "glu_backward_pack", to, kind, bias_of))
     return found
 
 
-def start(calls: Iterable[Call], device: torch.device) -> None:
-    """Compile for these calls on `device`; returns at once. Nothing where that was done before, or would not help."""
+def start(calls: Iterable[Call], device: torch.device, inductor: bool) -> None:
+    """Compile for these calls on `device`; returns at once. Nothing where that was done before, or would not help.
+
+    inductor: whether Inductor compiles the rest. It moves Triton's cache when it first builds a kernel; so that what
+    was compiled before is found, the cache is there from now on.
+    """
     try:
         import triton
     except ImportError:
         return
-    others = os.environ.get("LOCAL_RANK", "0") not in ("", "0")  # ranks that share the cache with the one that compiles
-    if device.type != "cuda" or triton.knobs.runtime.interpret or others or not sys.executable:
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
         return
+    if inductor:
+        with contextlib.suppress(ImportError):
+            from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+            index = torch.cuda.current_device() if device.index is None else device.index
+            os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(index))
     capability = torch.cuda.get_device_capability(device)
-    _start(list(dict.fromkeys(calls)), capability[0] * 10 + capability[1], layout.metadata_order(device))
+    _start(calls, capability[0] * 10 + capability[1], layout.metadata_order(device))
 
 
-def _start(calls: list[Call], arch: int, order: str) -> None:
-    if (os.cpu_count() or 1) < 4:
+def _start(calls: Iterable[Call], arch: int, order: str) -> None:
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"  # one of them compiles for all
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if rank != "0" or cores < 4 or not sys.executable or getattr(sys, "frozen", False):
         return
-    for group in _groups(calls):
-        said = json.dumps([arch, order, group])
-        done = _mark(said)
-        if done.exists():
-            continue
-        command = [sys.executable, "-c", _PROGRAM, str(Path(__file__).parents[1]), said]
-        try:
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        except OSError as error:
-            log.info("sparse24: compiles its kernels when they are needed: %s", error)
-            return
-        _pending.append((process, done))
+    try:
+        with _lock:
+            _collect()
+            begun = {mark for work in _pending for mark in work.marks}
+            marks = {call: _mark(json.dumps([arch, order, call])) for call in sorted(set(calls), key=str)}
+            missing = [call for call, mark in marks.items() if mark not in begun and not mark.exists()]
+            for group in _groups(missing):
+                command = [sys.executable, "-c", _PROGRAM, str(Path(__file__).parents[1])]
+                said = tempfile.TemporaryFile()  # noqa: SIM115  # of the process, until it is waited for
+                process = subprocess.Popen(
+                    [*command, json.dumps([arch, order, group])], stdout=subprocess.DEVNULL, stderr=said
+                )
+                _pending.append(_Work(process, said, [marks[call] for call in group]))
+    except OSError as error:
+        log.info("sparse24: compiles its kernels when they are needed: %s", error)
 
 
 def _groups(calls: list[Call]) -> list[list[Call]]:
@@ -100,18 +130,35 @@ def _mark(said: str) -> Path:
 
 def wait() -> None:
     """Until the processes have ended; called before a kernel is compiled here."""
-    while _pending:
-        process, done = _pending.pop()
+    if not _pending:
+        return
+    with _lock:
+        until = time.monotonic() + _SLOWEST_S
+        for work in _pending:
+            try:
+                work.process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                work.process.kill()
+                work.process.wait()
+        _collect()
+
+
+def _collect() -> None:
+    """Mark what has been compiled, and say what has not."""
+    for work in [work for work in _pending if work.process.poll() is not None]:
+        _pending.remove(work)
+        work.said.seek(0)
+        said = work.said.read().decode(errors="replace")
+        work.said.close()
+        if work.process.returncode:
+            log.info("sparse24: compiles its kernels when they are needed: %s", said or "the processes took too long")
+            continue
         try:
-            _, said = process.communicate(timeout=_SLOWEST_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said = f"not done after {_SLOWEST_S:.0f} s"
-        if process.returncode == 0:
-            done.parent.mkdir(parents=True, exist_ok=True)
-            done.touch()
-        else:
-            log.info("sparse24: compiles its kernels when they are needed: %s", said)
+            for mark in work.marks:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+        except OSError as error:
+            log.info("sparse24: could not note what was compiled: %s", error)
 
 
 # ------------------------------------------------------------------------------------------------- the other processes
@@ -168,8 +215,8 @@ def _run(name: str, *rest: Any) -> None:
         else:
             triton_ops.masked_decay_([w], blocks, 0.5)
         return
-    dtype, kind, has_bias = rest
-    z, bias = empty(dtype, n, 2 * n), empty(dtype, 2 * n) if has_bias else None
+    dtype, kind, bias_of = rest
+    z, bias = empty(dtype, n, 2 * n), None if bias_of is None else empty(bias_of, 2 * n)
     dh = empty(dtype, n, n if kind in GATED else 2 * n)
     if name == "pack_gradient":
         triton_ops.pack_gradient(z, seeds, 0)

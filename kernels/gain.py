@@ -125,14 +125,14 @@ def _kernel_ms(
 def _fused_packing_ms(layer: Layer) -> float:
     """ms that packing adds to the backward of the activation behind a layer."""
     tokens, width, dtype, device = layer.tokens, layer.rows, layer.dtype, layer.device
-    kind, with_bias = str(layer.kind), " bias" if layer.bias else ""
+    kind, with_bias = str(layer.kind), f" bias {layer.master}" if layer.bias else ""
     key = f"fused packing {tokens}x{width} {kind}{with_bias} {dtype}".replace("torch.", "")
 
     def measure() -> float:
         with torch.no_grad(), torch.cuda.device(device):
             z = torch.randn(tokens, width, device=device).to(dtype)
             dh = z[:, : width // 2 if kind in GATED else width].contiguous()
-            bias = torch.zeros(width, dtype=dtype, device=device) if layer.bias else None
+            bias = torch.zeros(width, dtype=layer.master, device=device) if layer.bias else None
             seeds = torch.zeros(1, dtype=torch.int64, device=device)
             packing = choice.time_ms(lambda: ops.glu_backward_pack(dh, z, bias, kind, seeds, 0), 5)
             return packing - choice.time_ms(lambda: ops.glu_backward(dh, z, bias, kind), 5)

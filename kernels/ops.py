@@ -104,13 +104,14 @@ def best_mask(w: Tensor) -> Tensor:
     On a GPU by the same kernel, into packed forms that are thrown away (2.25 bytes an entry meanwhile): the reference
     would take many times as long and as much memory there.
     """
-    if w.device.type == "cpu" or _fast is None:
+    order = layout.metadata_order(w.device)
+    if w.device.type == "cpu" or _fast is None or any(n % layout.ROW_BLOCK[order] for n in w.shape):
         return reference.best_mask(w)
     (rows, cols), dtype = w.shape, w.dtype if w.dtype.itemsize == 2 else torch.bfloat16
-    forms = [torch.zeros(layout.numel(rows, cols, dtype), dtype=dtype, device=w.device) for _ in range(2)]
-    pack_weights_([Block(w, *forms, 0, 0, rows, cols)], True)
-    metadata = layout.split(forms[0], rows, cols)[1]
-    return layout.mask_from_nibbles(layout.read_nibbles(metadata, rows, cols, layout.metadata_order(w.device)))
+    packed, packed_t = torch.zeros(2, layout.numel(rows, cols, dtype), dtype=dtype, device=w.device)
+    pack_weights_([Block(w, packed, packed_t, 0, 0, rows, cols)], True)
+    metadata = layout.split(packed, rows, cols)[1]
+    return layout.mask_from_nibbles(layout.read_nibbles(metadata, rows, cols, order))
 
 
 def masked_decay_(grads: Sequence[Tensor], blocks: Sequence[Block], decay: float) -> None:

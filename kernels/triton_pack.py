@@ -529,22 +529,22 @@ def _strips(tiles: tuple[tuple[int, int], ...], at_once: int) -> Tensor:
     Long strips, so that the next tile can be loaded while one is worked on; shorter ones towards the end, where no more
     than `at_once` programs are left: the last ones would run beside idle multiprocessors.
     """
-    down, across = torch.tensor(tiles).unbind(1)
+    down, across = torch.tensor(tiles, device="cpu").unbind(1)
     weight = torch.repeat_interleave(down)  # of each row of tiles
     across = across[weight]
     left = across.flip(0).cumsum(0).flip(0)
     parts = -(across // -(left // at_once).clamp(1, _LONGEST))
     row = torch.repeat_interleave(parts)  # of each strip
-    part = torch.arange(len(row)) - (parts.cumsum(0) - parts)[row]
+    part = torch.arange(len(row), device="cpu") - (parts.cumsum(0) - parts)[row]
     first, last = part * across[row] // parts[row], (part + 1) * across[row] // parts[row]
-    tile_row = torch.arange(len(weight)) - (down.cumsum(0) - down)[weight]
+    tile_row = torch.arange(len(weight), device="cpu") - (down.cumsum(0) - down)[weight]
     return torch.stack([weight[row], tile_row[row], first, last], 1).int()
 
 
 @lru_cache(maxsize=256)  # the addresses are part of the key: what is stale is never found
 def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
     """The table and the strips on the device; made anew for each stream, which has to wait for their copy."""
-    table = torch.tensor([row[2:] for row in rows])
+    table = torch.tensor([row[2:] for row in rows], device="cpu")
     tiles = tuple(row[:2] for row in rows)
     if device.type != "cuda":
         return table, _strips(tiles, 1)
@@ -584,7 +584,7 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
         launches.setdefault(key, []).append((*_row_of(block), block.packed_t.data_ptr(), i))
     for (master, dtype, unit), rows in launches.items():
         kinds = {"MASTER": _TRITON[master], "DTYPE": _TRITON[dtype], "UNIT": unit}
-        if unit and master == dtype:
+        if unit and master == dtype and dtype.itemsize == 2:
             kinds["maxnreg"] = 96  # _AT_ONCE programs then fit on a multiprocessor, and nothing is spilled
         elif unit and search:
             kinds["maxnreg"] = 128

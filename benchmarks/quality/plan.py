@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from arms import ABLATIONS, TRIALS, named, needs_decay
 from corpora import text_path
 from families import SIZES
@@ -229,6 +230,9 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         args.arms = named(args.arms or ("dense,fst" if base else "all"))
     except ValueError as error:
         p.error(f"--arms: {error}")
+    there = torch.cuda.device_count()
+    if 0 < there < args.gpus:
+        p.error(f"--gpus: found {there} here, need at most as many")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))
     args.devices = visible.split(",")[: args.gpus]
     args.trial_families = [family for family in args.trial_families if family in args.families]

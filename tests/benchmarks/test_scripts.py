@@ -129,12 +129,25 @@ def test_a_run_that_was_cut_is_resumed(tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert rows[: len(kept)] == kept and {row["matmul"] for row in rows[len(kept) :]} == {"dgrad"}
     assert all(row["ratio"] > 0 for row in rows[len(kept) :])
-    saved["environment"]["torch"] = "1.0"
-    out.write_text(json.dumps(saved))
-    command = [sys.executable, ROOT / "benchmarks" / "gemm.py", "--tiny", "--out", out, "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and "was measured with torch '1.0'" in done.stderr
-    assert json.loads(out.read_text()) == saved
+
+
+def test_rows_of_other_versions_code_or_settings_are_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from common import Rows
+
+    out = tmp_path / "rows.json"
+    Rows(out, ("k",), tokens=64).add({"k": 1}, {"k": 2, "error": "out of memory"})
+    again = Rows(out, ("k",), True, tokens=64)
+    assert again.rows == [{"k": 1}] and (1,) in again and (2,) not in again
+    with pytest.raises(SystemExit, match="was measured with tokens 64, is 128; leave out --resume"):
+        Rows(out, ("k",), True, tokens=128)
+    saved = json.loads(out.read_text())
+    for name in ("torch", "code"):
+        other = {**saved, "environment": {**saved["environment"], name: "1.0"}}
+        out.write_text(json.dumps(other))
+        with pytest.raises(SystemExit, match=f"was measured with {name} '1.0'"):
+            Rows(out, ("k",), True, tokens=64)
+        assert json.loads(out.read_text()) == other
 
 
 def test_memory_and_compile_time_of_each_kind(tmp_path):

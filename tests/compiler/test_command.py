@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse24.compiler import doctor
 from sparse24.compiler.command import main
 from sparse24.kernels import cost, format_check, layout
+from sparse24.kernels.gain import Layer
 from sparse24.kernels.providers import MaskedDense, Problem
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -144,8 +145,8 @@ def test_bench_measures_on_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["bench", "--d", "64", "--ff", "128", "--tokens", "32", "--master", "bfloat16"]) == 0
     device = torch.device("cuda")
     assert asked == [
-        (128, 64, 32, torch.bfloat16, torch.bfloat16, device, "mvue", "gelu"),
-        (64, 128, 32, torch.bfloat16, torch.bfloat16, device, "mvue", None),
+        (Layer(128, 64, 32, torch.bfloat16, torch.bfloat16, device, "mvue", "gelu"),),
+        (Layer(64, 128, 32, torch.bfloat16, torch.bfloat16, device, "mvue", None),),
     ]
     assert "measured on Some GPU" in (out := capsys.readouterr().out) and "gains 1.50x" in out
 
