@@ -17,6 +17,9 @@ pytest.importorskip("tokenizers")
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 
 
+pytestmark = pytest.mark.xdist_group("quality")  # its arms are trained once
+
+
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     monkeypatch.syspath_prepend(QUALITY.parent)
