@@ -58,10 +58,11 @@ def clock() -> Clock:
     return found
 
 
-def measure(shape: dict[str, Any], kind: str) -> dict[str, Any]:
+def measure(shape: dict[str, Any], kind: str, inner: str) -> dict[str, Any]:
     """This process's first step, in s, and its parts where it is sparse."""
     parts = clock().parts if kind != "dense" else {}
-    options = {} if kind == "dense" else {"backend": "sparse24", "options": {"when": "faster"}}
+    sparse = {"backend": "sparse24", "options": {"when": "faster", "inner": inner}}
+    options = {"backend": inner} if kind == "dense" else sparse
     run = Run(dict(shape), options)
     began = time.perf_counter()
     run.step()
@@ -70,10 +71,10 @@ def measure(shape: dict[str, Any], kind: str) -> dict[str, Any]:
     return {"first_step_s": time.perf_counter() - began, "parts": parts}
 
 
-def in_a_process(model: str, kind: str, choices: str) -> dict[str, Any]:
+def in_a_process(model: str, kind: str, inner: str, choices: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
-        command = [sys.executable, __file__, "--one", model, kind]
+        command = [sys.executable, __file__, "--one", model, kind, "--inner", inner]
         environ = {**os.environ, **caches, "SPARSE24_CACHE": choices}
         done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -83,11 +84,12 @@ def in_a_process(model: str, kind: str, choices: str) -> dict[str, Any]:
 def main() -> None:
     p = parser(__doc__, "compile_time.json")
     p.add_argument("--models", nargs="+", default=["llama-1b-width"], choices=[*MODELS, "tiny"], help="which models")
+    p.add_argument("--inner", default="inductor", choices=["inductor", "aot_eager"], help="the compiler behind")
     p.add_argument("--one", nargs=2, metavar=("MODEL", "KIND"), help="measure in this process and print")
     args = p.parse_args()
     if args.one:
         model, kind = args.one
-        print(json.dumps(measure(TINY if model == "tiny" else MODELS[model], kind)))
+        print(json.dumps(measure(TINY if model == "tiny" else MODELS[model], kind, args.inner)))
         return
     rows: list[dict[str, Any]] = []
     print(environment())
@@ -96,7 +98,7 @@ def main() -> None:
         dense_s = float("nan")
         with tempfile.TemporaryDirectory() as choices:
             for kind in ("dense", "sparse", "sparse, choices kept"):
-                found = in_a_process(model, kind.split(",")[0], choices)
+                found = in_a_process(model, kind.split(",")[0], args.inner, choices)
                 took = found["first_step_s"]
                 dense_s = took if kind == "dense" else dense_s
                 rows.append({"model": model, "kind": kind, **found, "of_dense": took / dense_s})
