@@ -198,6 +198,10 @@ def compile_time(saved: Row) -> str:
     )
 
 
+def _p50(row: Row) -> float:
+    return float(row["ms"]["p50"])
+
+
 def gluon(saved: Row) -> str:
     """Each variant on the first shape, then the fastest one on all shapes, beside cuSPARSELt's best algorithm."""
     problems: dict[tuple[int, int, str], dict[str, Row]] = {}
@@ -206,17 +210,16 @@ def gluon(saved: Row) -> str:
     problems = {problem: of for problem, of in problems.items() if "cusparselt" in of and len(of) > 2}
     first = next(iter(problems), (0, 0, ""))[:2]
     kinds = [matmul for k, f, matmul in problems if (k, f) == first]
-    ms: Callable[[Row], float] = lambda row: row["ms"]["p50"]  # noqa: E731
     variants = []
     for name, check in saved["checks"].items():
         found = [problems[(*first, kind)] for kind in kinds]
         variants.append([f"`{name}`", "yes" if check["right"] else "no"])
-        variants[-1] += [f"{ms(of['cusparselt']) / ms(of[name]):.2f}" if name in of else "" for of in found]
+        variants[-1] += [f"{_p50(of['cusparselt']) / _p50(of[name]):.2f}" if name in of else "" for of in found]
     fastest = []
     for (k, f, matmul), of in problems.items():
-        best = min((name for name in of if name not in ("dense", "cusparselt")), key=lambda name: ms(of[name]))
-        fastest.append([f"{k} x {f}", matmul, *(f"{ms(of[name]):.4f}" for name in ("dense", "cusparselt", best))])
-        fastest[-1] += [f"`{best}`", f"{ms(of['cusparselt']) / ms(of[best]):.2f}", f"{of[best]['of_peak']:.2f}"]
+        best = min((name for name in of if name not in ("dense", "cusparselt")), key=lambda name: _p50(of[name]))
+        fastest.append([f"{k} x {f}", matmul, *(f"{_p50(of[name]):.4f}" for name in ("dense", "cusparselt", best))])
+        fastest[-1] += [f"`{best}`", f"{_p50(of['cusparselt']) / _p50(of[best]):.2f}", f"{of[best]['of_peak']:.2f}"]
     header = " | ".join(["variant", "right", *(f"{kind}, of cuSPARSELt's speed" for kind in kinds)])
     second = "in x out | matmul | dense, ms | cuSPARSELt, ms | fastest variant, ms | which | of cuSPARSELt's speed"
     tables = [

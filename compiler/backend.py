@@ -24,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..kernels import ahead, providers
-from ..kernels.gain import Layer, gain, measure_matmuls
+from ..kernels.gain import Layer, gain, matmuls
 from ..passes.find import Linear, find_linears
 from ..passes.graph import copy_of
 from ..passes.parallel import is_dtensor
@@ -117,14 +117,14 @@ def read(
     linears = [replace(x, dtype=autocast) if autocast and x.dtype == torch.float32 else x for x in linears]
     together = _together(tidied, linears, recipe)
     trained = [linear for linear in linears if linear.reason is None and linear.weight not in ready]
-    _measure_matmuls(trained, together, weight_of, recipe)
+    by_speed = _by_speed(trained, together, weight_of, recipe)
     decided = []
     for linear in linears:
         if linear.weight in ready:
             reason = inference.why_dense(linear, together[linear][0], recipe, weight_of(linear.weight).device)
             linear = replace(linear, reason=reason)
         elif linear.reason is None:
-            linear = _by_speed(weight_of(linear.weight), linear, together[linear], recipe)
+            linear = by_speed[linear]
         decided.append(linear)
     return tidied, decided, ready
 
@@ -373,53 +373,48 @@ def ineligible(param: Any) -> str | None:
     return reason
 
 
-def _measure_matmuls(
+def _by_speed(
     linears: Sequence[Linear],
     together: Mapping[Linear, tuple[int, str | None]],
     weight_of: Callable[[str], Any],
     recipe: Recipe,
-) -> None:
-    """Compile the kernels of linears that may become sparse in other processes, and measure matmuls meanwhile."""
-    if recipe.recipe == "s-ste":
-        return
-    layers = {linear: _layer(weight_of(linear.weight), linear, together[linear], recipe) for linear in linears}
-    settled = {linear: _settled(weight_of(linear.weight), linear, recipe) for linear in linears}
-    dense = {linear for linear, found in settled.items() if found is not None and found.reason is not None}
-    for device in {layer.device for layer in layers.values()}:
-        of = [layer for linear, layer in layers.items() if layer.device == device and linear not in dense]
-        calls = [call for m in of for call in ahead.calls_of(m.dtype, m.master, m.wgrad, m.kind, m.bias)]
-        ahead.start(calls, device, recipe.inner == "inductor")
-    for linear, layer in layers.items():
-        if settled[linear] is None:
-            measure_matmuls(layer)
+) -> dict[Linear, Linear]:
+    """Each linear with why it stays dense, if it does, and its way of taking the weight gradient.
 
-
-def _layer(param: Tensor, linear: Linear, together: tuple[int, str | None], recipe: Recipe) -> Layer:
-    rows, kind = together
-    of = (rows, linear.in_features, linear.tokens, linear.dtype, param.dtype, param.device)
-    return Layer(*of, recipe.wgrad, kind, linear.bias)
-
-
-def _by_speed(param: Tensor, linear: Linear, together: tuple[int, str | None], recipe: Recipe) -> Linear:
-    """The linear with why it stays dense, if it does, and its way of taking the weight gradient.
-
-    together: out_features of the matmul that it and its neighbours become, and its activation; what is measured is that
-    matmul, so the neighbours find the same. Of ranks that measure the same problem the first one's decision holds for
-    all.
+    Other processes compile the kernels of those that may be sparse, and matmuls are measured meanwhile. together:
+    out_features of the matmul that a linear and its neighbours become, and its activation; what is measured is that
+    matmul, so the neighbours find the same.
     """
-    settled = _settled(param, linear, recipe)
-    if settled is not None:
-        return settled
-    layer = _layer(param, linear, together, recipe)
-    reason, wgrad = None, recipe.wgrad
+    found = {linear: _settled(weight_of(linear.weight), linear, recipe) for linear in linears}
+    layers = {}
+    for linear in linears:
+        (rows, kind), param = together[linear], weight_of(linear.weight)
+        of = (rows, linear.in_features, linear.tokens, linear.dtype, param.dtype, param.device)
+        layers[linear] = Layer(*of, recipe.wgrad, kind, linear.bias)
+    for device in {layer.device for layer in layers.values()} if recipe.recipe == "fst" else ():
+        may = [
+            m for linear, m in layers.items() if m.device == device and getattr(found[linear], "reason", None) is None
+        ]
+        calls = [call for m in may for call in ahead.calls_of(m.dtype, m.master, m.wgrad, m.kind, m.bias)]
+        ahead.start(calls, device, recipe.inner == "inductor")
+    open_ = {linear: layer for linear, layer in layers.items() if found[linear] is None}
+    for layer in open_.values():
+        with contextlib.suppress(torch.OutOfMemoryError):  # `gain` will meet it again
+            matmuls(layer)
+    return {linear: found[linear] or _measured(linear, open_[linear]) for linear in linears}
+
+
+def _measured(linear: Linear, layer: Layer) -> Linear:
+    """Of ranks that measure the same problem the first one's decision holds for all."""
+    reason, wgrad = None, layer.wgrad
     try:
-        found = gain(layer)
-        wgrad = found.wgrad
-        if not found.faster:
-            reason = f"{weights.SLOWER}, {found.dense_ms:.2f} ms a step against {found.sparse_ms:.2f} ms"
+        spent = gain(layer)
+        wgrad = spent.wgrad
+        if not spent.faster:
+            reason = f"{weights.SLOWER}, {spent.dense_ms:.2f} ms a step against {spent.sparse_ms:.2f} ms"
     except torch.OutOfMemoryError:
         log.warning("sparse24: %s: no memory is left to measure whether it gains; it is sparse", linear.name)
-    alike = layer._replace(device=torch.device(layer.device.type))  # of every rank
+    alike = layer._replace(device=torch.device(layer.device.type))
     reason, wgrad = json.loads(first_of(f"gain {alike}", json.dumps([reason, wgrad])))
     return replace(linear, reason=reason) if reason else replace(linear, wgrad=wgrad)
 

@@ -2,7 +2,6 @@
 GPU.
 """
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -80,13 +79,6 @@ def matmuls(layer: Layer) -> tuple[choice.Choice, choice.Choice, choice.Choice]:
     forward = choice.choose(Problem("spmm", rows, cols, tokens, dtype, device))
     dgrad = choice.choose(Problem("spmm", cols, rows, tokens, dtype, device))
     return forward, dgrad, choice.choose(Problem("wgrad", rows, padded(tokens), cols, dtype, device))
-
-
-def measure_matmuls(layer: Layer) -> None:
-    """What `gain` needs of matmuls, before it is asked: while the kernels that pack are being compiled (`ahead`)."""
-    if layer.device.type == "cuda":
-        with contextlib.suppress(torch.OutOfMemoryError):  # `gain` will meet it again and say so
-            matmuls(layer)
 
 
 def _kernel_ms(

@@ -13,7 +13,7 @@ from triton.language.extra import libdevice
 
 from . import layout, reference
 from .triton_common import INTERPRETED, check_dtypes, check_matrix, keys_of, prune_and_store
-from .triton_launch import launch, multiprocessors
+from .triton_launch import launch
 
 # ----------------------------------------------------------------------------------------------------- gradient pruning
 
@@ -24,52 +24,15 @@ def _load_row(at, present):
 
 
 @triton.jit
-def _strip(across, long_rows, STRIP: tl.constexpr):
-    """This program's row of tiles, and its columns of tiles from first to last: up to STRIP, after `long_rows` one."""
+def _strip(across, STRIP: tl.constexpr):
+    """This program's row of tiles, and its columns of tiles from first to last."""
     strips = (across + STRIP - 1) // STRIP
-    left = tl.program_id(0) - long_rows * strips
-    if left < 0:
-        down = tl.program_id(0) // strips
-        first = (tl.program_id(0) - down * strips) * STRIP
-        last = tl.minimum(first + STRIP, across)
-    else:
-        down = long_rows + left // across
-        first = left % across
-        last = first + 1
-    return down, first, last
+    down = tl.program_id(0) // strips
+    first = (tl.program_id(0) - down * strips) * STRIP
+    return down, first, tl.minimum(first + STRIP, across)
 
 
-@triton.jit
-def _load_words(at, stride, t, tokens):
-    """Four 16-bit values each of the rows t to t + 3, from pointers to uint64 in row t; stride in groups of four."""
-    return (
-        tl.load(at, mask=t < tokens, other=0),
-        tl.load(at + stride, mask=t + 1 < tokens, other=0),
-        tl.load(at + 2 * stride, mask=t + 2 < tokens, other=0),
-        tl.load(at + 3 * stride, mask=t + 3 < tokens, other=0),
-    )
-
-
-@triton.jit
-def _values_of_word(word, dtype: tl.constexpr):
-    if dtype == tl.bfloat16:
-        low = (word << 16).to(tl.float32, bitcast=True)
-        high = (word & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        low = (word & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-        high = (word >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-    return low, high
-
-
-@triton.jit
-def _values(words, dtype: tl.constexpr, G: tl.constexpr, BF: tl.constexpr):
-    """fp32 [G, BF] of uint64 [G, BF / 4]."""
-    x0, x1 = _values_of_word(words.to(tl.uint32), dtype)
-    x2, x3 = _values_of_word((words >> 32).to(tl.uint32), dtype)
-    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [G, BF])
-
-
-@triton.jit(do_not_specialize=["tokens", "index", "long_rows"])
+@triton.jit(do_not_specialize=["tokens", "index"])
 def pack_gradient_kernel(
     dy,  # [tokens, features], rows `stride` apart
     packed,  # of dy^T: [features, padded]
@@ -79,32 +42,19 @@ def pack_gradient_kernel(
     padded,
     features,
     index,
-    long_rows,
-    BY_WORD: tl.constexpr,  # 16-bit values, every row at a multiple of 16 bytes
     ORDER: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    G: tl.constexpr = BT // 4
-    dtype: tl.constexpr = dy.dtype.element_ty
-    down, first, last = _strip(features // BF, long_rows, STRIP)
+    down, first, last = _strip(features // BF, STRIP)
     t0, keys = down * BT, keys_of(tl.load(seeds + index))
-    t = t0 + 4 * tl.arange(0, G)[:, None]
-    if BY_WORD:  # the next tile is on its way while this one is worked on
-        step = stride // 4
-        words = dy.to(tl.pointer_type(tl.uint64)) + t.to(tl.int64) * step + tl.arange(0, BF // 4)[None, :]
-        z0, z1, z2, z3 = _load_words(words + first * (BF // 4), step, t, tokens)
+    t = t0 + 4 * tl.arange(0, BT // 4)[:, None]
     for tile in range(first, last):
-        if BY_WORD:
-            x0, x1 = _values(z0, dtype, G, BF), _values(z1, dtype, G, BF)
-            x2, x3 = _values(z2, dtype, G, BF), _values(z3, dtype, G, BF)
-            z0, z1, z2, z3 = _load_words(words + tl.minimum(tile + 1, last - 1) * (BF // 4), step, t, tokens)
-        else:
-            at = dy + t.to(tl.int64) * stride + (tile * BF + tl.arange(0, BF))[None, :]
-            x0, x1 = _load_row(at, t < tokens), _load_row(at + stride, t + 1 < tokens)
-            x2 = _load_row(at + stride + stride, t + 2 < tokens)
-            x3 = _load_row(at + stride + stride + stride, t + 3 < tokens)
+        at = dy + t.to(tl.int64) * stride + (tile * BF + tl.arange(0, BF))[None, :]
+        x0, x1 = _load_row(at, t < tokens), _load_row(at + stride, t + 1 < tokens)
+        x2 = _load_row(at + stride + stride, t + 2 < tokens)
+        x3 = _load_row(at + stride + stride + stride, t + 3 < tokens)
         prune_and_store(packed, x0, x1, x2, x3, keys, t0, tile * BF, padded, features, ORDER, BT, BF)
 
 
@@ -113,17 +63,6 @@ _STRIP = 4  # tiles of a program
 
 def _cdiv(a: int, b: int) -> int:  # triton.cdiv, made for kernels, takes a quarter of a launch on the host
     return -(-a // b)
-
-
-def _strips(down: int, across: int, longest: int, at_once: int, device: torch.device) -> tuple[int, int]:
-    """(programs, rows of tiles in strips of `longest`) for down x across tiles.
-
-    What is left when `at_once` programs a multiprocessor have had strips of `longest` as often as they can is taken
-    tile by tile, so that no multiprocessor ends much later than others.
-    """
-    round_of = longest * at_once * multiprocessors(device)
-    long_rows = down * across // round_of * round_of // max(across, 1)
-    return long_rows * _cdiv(across, longest) + (down - long_rows) * across, long_rows
 
 
 def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
@@ -136,12 +75,9 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
     _check_seeds(seeds, index)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     packed = dy.new_empty(layout.numel(features, padded, dy.dtype))
-    by_word = dy.dtype != torch.float32 and dy.stride(0) % 8 == 0 and dy.data_ptr() % 16 == 0
-    tiles = padded // layout.TILE, features // layout.TILE
-    programs, long_rows = _strips(*tiles, _STRIP, 4, dy.device)
     launch(
         pack_gradient_kernel,
-        (programs,),
+        (padded // layout.TILE * _cdiv(features // layout.TILE, _STRIP),),
         dy.device,
         dy,
         packed,
@@ -151,14 +87,12 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
         padded,
         features,
         index,
-        long_rows,
-        BY_WORD=by_word,
         ORDER=order,
         BT=layout.TILE,
         BF=layout.TILE,
         STRIP=_STRIP,
         num_warps=4,
-        maxnreg=112,  # four programs then fit on a multiprocessor, and nothing is spilled
+        maxnreg=80,  # six programs then fit on a multiprocessor, and nothing is spilled
     )
     return packed
 
@@ -292,7 +226,7 @@ def glu_backward_kernel(
             tl.store(sums + features, tl.sum(up_sum, 0), mask=f < features)
 
 
-@triton.jit(do_not_specialize=["tokens", "index", "long_rows"])
+@triton.jit(do_not_specialize=["tokens", "index"])
 def glu_backward_pack_kernel(
     dh,  # [tokens, features], features a multiple of 64
     z,  # as in glu_kernel
@@ -305,7 +239,6 @@ def glu_backward_pack_kernel(
     padded,
     features,
     index,
-    long_rows,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -315,7 +248,7 @@ def glu_backward_pack_kernel(
     STRIP: tl.constexpr,
 ):
     width = 2 * features if GATED else features
-    down, first, last = _strip(features // BF, long_rows, STRIP)
+    down, first, last = _strip(features // BF, STRIP)
     t0, keys = down * BT, keys_of(tl.load(seeds + index))
     t = t0 + 4 * tl.arange(0, BT // 4)[:, None]
     p0, p1, p2, p3 = t < tokens, t + 1 < tokens, t + 2 < tokens, t + 3 < tokens
@@ -424,11 +357,9 @@ def glu_backward_pack(
     b = z if bias is None else bias.contiguous()
     d, packed = torch.empty_like(z), z.new_empty(layout.numel(width, padded, z.dtype))
     sums = _sums(z, bias)
-    tiles = padded // layout.TILE, features // layout.TILE
-    programs, long_rows = _strips(*tiles, _STRIP // 2, 4, z.device)
     launch(
         glu_backward_pack_kernel,
-        (programs,),
+        (padded // layout.TILE * _cdiv(features // layout.TILE, _STRIP // 2),),
         z.device,
         dh,
         z,
@@ -441,7 +372,6 @@ def glu_backward_pack(
         padded,
         features,
         index,
-        long_rows,
         **constants,
         ORDER=order,
         BT=layout.TILE,

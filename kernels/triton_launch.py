@@ -44,12 +44,6 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 @lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """1 for a CPU, where programs run one after the other."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
-
-
-@lru_cache
 def _hash_callees_first(module: str) -> None:
     """Triton 3.6 hashes a function differently where what it calls was hashed before it, and then misses its cache.
 

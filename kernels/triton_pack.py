@@ -29,7 +29,7 @@ from .triton_common import (
     store_tile_nibbles,
     store_values,
 )
-from .triton_launch import launch, multiprocessors
+from .triton_launch import launch
 
 
 @triton.jit
@@ -337,17 +337,21 @@ def _pointer(table, i: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr)
 
 
 @triton.jit
-def _strip(table, strips, FIELDS: tl.constexpr):
+def _strip(table, strips, FIELDS: tl.constexpr, STRIP: tl.constexpr):
     """This program's part: its table row, the tile row, and the tile columns from first to last."""
-    strips += 4 * tl.program_id(0)
-    return table + tl.load(strips) * FIELDS, tl.load(strips + 1), tl.load(strips + 2), tl.load(strips + 3)
+    table += tl.load(strips + tl.program_id(0)) * FIELDS
+    begin, tiles = tl.load(table), tl.load(table + 1).to(tl.int32)
+    strip = (tl.program_id(0) - begin).to(tl.int32)
+    across = (tiles + STRIP - 1) // STRIP
+    first = strip % across * STRIP
+    return table, strip // across, first, tl.minimum(first + STRIP, tiles)
 
 
 @triton.jit
 def _place(table):
     """row, col, rows, cols: where the weight stands in its packed matrix."""
-    row, col = _field(table, 0, 64).to(tl.int32), _field(table, 1, 64).to(tl.int32)
-    return row, col, _field(table, 2, 64), _field(table, 3, 64)
+    row, col = _field(table, 2, 64).to(tl.int32), _field(table, 3, 64).to(tl.int32)
+    return row, col, _field(table, 4, 64), _field(table, 5, 64)
 
 
 @triton.jit
@@ -359,7 +363,7 @@ def _strides(table, i: tl.constexpr, UNIT: tl.constexpr):
 @triton.jit
 def pack_weights_kernel(
     table,  # int64 [n, FIELDS], see `_launch_all`
-    strips,  # int32 [m, 4]: for each program the table row, tile row, and tile columns from first to last
+    strips,  # int32: the table row of each program
     stats,  # int64 [n, 2], zeroed
     SEARCH: tl.constexpr,
     MASTER: tl.constexpr,  # dtype of the weights
@@ -367,17 +371,18 @@ def pack_weights_kernel(
     UNIT: tl.constexpr,
     ORDER: tl.constexpr,
     T: tl.constexpr,
+    STRIP: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
     BY_WORD: tl.constexpr = UNIT and MASTER == DTYPE and DTYPE.primitive_bitwidth == 16
     G: tl.constexpr = T // 4
-    table, tile_row, first, last = _strip(table, strips, FIELDS)
+    table, tile_row, first, last = _strip(table, strips, FIELDS, STRIP)
     row, col, rows, cols = _place(table)
-    w = _pointer(table, 4, MASTER, UNIT)
-    stride_r, stride_c = _strides(table, 5, UNIT)
-    packed = _pointer(table, 7, DTYPE, True)
-    packed_t = _pointer(table, 8, DTYPE, True)
-    stats += 2 * tl.load(table + 9)
+    w = _pointer(table, 6, MASTER, UNIT)
+    stride_r, stride_c = _strides(table, 7, UNIT)
+    packed = _pointer(table, 9, DTYPE, True)
+    packed_t = _pointer(table, 10, DTYPE, True)
+    stats += 2 * tl.load(table + 11)
     metadata, metadata_t = metadata_of(packed, rows, cols), metadata_of(packed_t, cols, rows)
     r0 = tile_row * T
     r = r0 + 4 * tl.arange(0, G)
@@ -459,7 +464,7 @@ def pack_weights_kernel(
 @triton.jit
 def masked_decay_kernel(
     table,  # int64 [n, FIELDS], see `_launch_all`
-    strips,  # int32 [m, 4]: for each program the table row, tile row, and tile columns from first to last
+    strips,  # int32: the table row of each program
     decay,
     MASTER: tl.constexpr,  # dtype of the weights
     DTYPE: tl.constexpr,  # of the packed forms
@@ -468,15 +473,16 @@ def masked_decay_kernel(
     UNIT_GRAD: tl.constexpr,
     ORDER: tl.constexpr,
     T: tl.constexpr,
+    STRIP: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    table, tile_row, first, last = _strip(table, strips, FIELDS)
+    table, tile_row, first, last = _strip(table, strips, FIELDS, STRIP)
     row, col, rows, cols = _place(table)
-    w = _pointer(table, 4, MASTER, UNIT)
-    w_r, w_c = _strides(table, 5, UNIT)
-    metadata = metadata_of(_pointer(table, 7, DTYPE, True), rows, cols)
-    grad = _pointer(table, 8, GRAD, UNIT_GRAD)
-    grad_r, grad_c = _strides(table, 9, UNIT_GRAD)
+    w = _pointer(table, 6, MASTER, UNIT)
+    w_r, w_c = _strides(table, 7, UNIT)
+    metadata = metadata_of(_pointer(table, 9, DTYPE, True), rows, cols)
+    grad = _pointer(table, 10, GRAD, UNIT_GRAD)
+    grad_r, grad_c = _strides(table, 11, UNIT_GRAD)
     r = tile_row * T + tl.arange(0, T)
     lane = tl.arange(0, 4)[None, None, :]
     for tile in range(first, last):
@@ -489,8 +495,7 @@ def masked_decay_kernel(
         tl.store(at, (tl.load(at).to(tl.float32) + tl.cast(decay, tl.float32) * pruned).to(GRAD))
 
 
-_AT_ONCE = 5  # programs of the packing kernel that run at once on a multiprocessor
-_LONGEST = 8  # tiles of a strip
+_STRIP = 4  # tiles of a program
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -522,51 +527,42 @@ def _unit(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
-@lru_cache(maxsize=256)
-def _strips(tiles: tuple[tuple[int, int], ...], at_once: int) -> Tensor:
-    """int32 [m, 4], of weights of so many tiles (down, across): table row, tile row, first and last tile column.
-
-    Long strips, so that the next tile can be loaded while one is worked on; shorter ones towards the end, where no more
-    than `at_once` programs are left: the last ones would run beside idle multiprocessors.
-    """
-    down, across = torch.tensor(tiles, device="cpu").unbind(1)
-    weight = torch.repeat_interleave(down)  # of each row of tiles
-    across = across[weight]
-    left = across.flip(0).cumsum(0).flip(0)
-    parts = -(across // -(left // at_once).clamp(1, _LONGEST))
-    row = torch.repeat_interleave(parts)  # of each strip
-    part = torch.arange(len(row), device="cpu") - (parts.cumsum(0) - parts)[row]
-    first, last = part * across[row] // parts[row], (part + 1) * across[row] // parts[row]
-    tile_row = torch.arange(len(weight), device="cpu") - (down.cumsum(0) - down)[weight]
-    return torch.stack([weight[row], tile_row[row], first, last], 1).int()
-
-
 @lru_cache(maxsize=256)  # the addresses are part of the key: what is stale is never found
 def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
     """The table and the strips on the device; made anew for each stream, which has to wait for their copy."""
-    table = torch.tensor([row[2:] for row in rows], device="cpu")
-    tiles = tuple(row[:2] for row in rows)
+    begin, table, count = 0, [], []
+    for r, tiles, *fields in rows:
+        table.append([begin, tiles, *fields])
+        count.append(r // layout.TILE * -(-tiles // _STRIP))
+        begin += count[-1]
+    strips = torch.arange(len(rows), dtype=torch.int32, device="cpu").repeat_interleave(
+        torch.tensor(count, device="cpu")
+    )
+    host = torch.tensor(table, dtype=torch.int64, device="cpu"), strips
     if device.type != "cuda":
-        return table, _strips(tiles, 1)
-    strips = _strips(tiles, _AT_ONCE * multiprocessors(device))
-    moved = [x.pin_memory().to(device, non_blocking=True) for x in (table, strips)]
+        return host
+    moved = [x.pin_memory().to(device, non_blocking=True) for x in host]
     return moved[0], moved[1]
 
 
 def _launch_all(kernel: Any, rows: list[tuple[int, ...]], device: torch.device, *args: Any, **constants: Any) -> None:
-    """One program for each strip of each weight; rows: tiles down and across, then the fields of the table row."""
+    """One program for each strip of each weight.
+
+    rows: the tiles down and across of each weight, then the fields of its table row from the third on. In a table row
+    the first two are its first program and the tiles across.
+    """
     rows = [row for row in rows if row[0] and row[1]]
     if not rows:
         return
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     table, strips = _tables(device, stream, tuple(rows))
-    constants |= {"T": layout.TILE, "FIELDS": table.shape[1], "ORDER": layout.metadata_order(device)}
+    constants |= {"T": layout.TILE, "STRIP": _STRIP, "FIELDS": table.shape[1], "ORDER": layout.metadata_order(device)}
     launch(kernel, (strips.shape[0],), device, table, strips, *args, **constants)
 
 
 def _row_of(block: Block) -> tuple[int, ...]:
     w = block.w
-    place = (w.shape[0] // layout.TILE, w.shape[1] // layout.TILE, block.row, block.col, block.rows, block.cols)
+    place = (w.shape[0], w.shape[1] // layout.TILE, block.row, block.col, block.rows, block.cols)
     return (*place, w.data_ptr(), w.stride(0), w.stride(1), block.packed.data_ptr())
 
 
@@ -585,7 +581,7 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
     for (master, dtype, unit), rows in launches.items():
         kinds = {"MASTER": _TRITON[master], "DTYPE": _TRITON[dtype], "UNIT": unit}
         if unit and master == dtype and dtype.itemsize == 2:
-            kinds["maxnreg"] = 96  # _AT_ONCE programs then fit on a multiprocessor, and nothing is spilled
+            kinds["maxnreg"] = 96  # five programs then fit on a multiprocessor: worth the few registers spilled
         elif unit and search:
             kinds["maxnreg"] = 128
         _launch_all(pack_weights_kernel, rows, device, stats, SEARCH=search, **kinds, num_warps=4)

@@ -255,8 +255,8 @@ def test_many_weights_at_once_are_packed_and_decayed_as_one_by_one(impl, poisone
     if impl.module is not reference:
         from sparse24.kernels import triton_pack
 
-        monkeypatch.setattr(triton_pack, "_LONGEST", 2)
-        triton_pack._strips.cache_clear()
+        monkeypatch.setattr(triton_pack, "_STRIP", 2)
+        triton_pack._tables.cache_clear()
     device, halves = impl.device, (torch.bfloat16, torch.float16)
     gate, up, wide = torch.randn(64, 192), torch.randn(64, 192).bfloat16(), torch.randn(64, 192).t()
     weights = [w.to(device) for w in (gate, up, wide, torch.randn(64, 64))]

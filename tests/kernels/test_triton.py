@@ -244,20 +244,6 @@ def test_tiles_in_strips_are_each_taken_once(fast, device, same_packed, kind):
     same_packed(fast.pack_gradient(d, seeds.to(device), 0), expected, 640, 192)
 
 
-@pytest.mark.parametrize("at_once", [1, 4, 660])
-def test_strips_of_weights_cover_each_tile_once(at_once):
-    """Whatever number of programs runs at once; where many do, the last ones take a tile each."""
-    from sparse24.kernels import triton_pack
-
-    shapes = ((3, 5), (2, 70), (1, 1), (64, 64))
-    found = triton_pack._strips(shapes, at_once)
-    tiles = [(w, row, tile) for w, row, first, last in found.tolist() for tile in range(first, last)]
-    assert tiles == [(w, r, c) for w, (down, across) in enumerate(shapes) for r in range(down) for c in range(across)]
-    lengths = (found[:, 3] - found[:, 2]).tolist()
-    assert max(lengths) <= triton_pack._LONGEST and min(lengths) > 0
-    assert at_once < 660 or set(lengths[-at_once:]) == {1}
-
-
 def test_glu_backward_pack_in_both_orders(fast, device, order, same_packed):
     gate_up, dh, seeds = torch.randn(64, 256), torch.randn(64, 128), torch.tensor([4])
     d, packed, _ = fast.glu_backward_pack(dh.to(device), gate_up.to(device), None, "swiglu", seeds.to(device), 0)
