@@ -9,7 +9,11 @@ the tile that all of them share. While the consumers write a tile, the loads of 
 Shared memory is one arena of slots, each 64 x 64 entries with 128 byte swizzle: rings for the packed operand (64 rows
 by 128 columns of it a slot) and for x (64 by 64), and slots to write the result from. A single buffer, because the PTX
 takes its address from the symbol `global_smem`: Triton puts the largest buffer first, at offset 0. That is an
-assumption, and `gluon.check` tests it.
+assumption, and `gluon_matmul` tests it.
+
+Where tiles do not fill all multiprocessors evenly, the last ones are shared out by steps instead (stream-K, Osama et
+al., arXiv 2301.03598): a program whose share begins within a tile leaves its sums in memory, and the one that began the
+tile adds them in the order of the programs, so that results stay the same from run to run.
 """
 
 # mypy: disable-error-code="assignment, no-redef, var-annotated"
@@ -27,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import layout
 from .gluon_common import advance, along, barrier, constexpr_function, make_barriers, tile_of, tma_load, tma_store
+from .triton_launch import launch
 
 _SLOT = 8192  # bytes: 64 x 64 entries of 16 bits
 _WGS = 2  # consumer warpgroups: of three, each would have too few registers for 256 columns
@@ -35,7 +40,8 @@ SLOT, WGS = gl.constexpr(_SLOT), gl.constexpr(_WGS)
 
 class Variant(NamedTuple):
     """Tile rows 128 * MB by BN; ring depths NA (of 128 columns) and NB (of 64); NE slots a warpgroup to write
-    from; GROUP row tiles are worked on together.
+    from; GROUP row tiles are worked on together. streamed: where tiles do not come out even, the last are shared out
+    by steps.
     """
 
     MB: int
@@ -46,6 +52,7 @@ class Variant(NamedTuple):
     GROUP: int = 16
     REGISTER_A: bool = False
     persistent: bool = True
+    streamed: bool = False
 
     @property
     def rows(self) -> int:
@@ -59,8 +66,9 @@ class Variant(NamedTuple):
 #: What is measured for each problem; the first one also serves the check at first use.
 VARIANTS = (
     Variant(MB=1, BN=256, NA=2, NB=4, NE=4),
+    Variant(MB=1, BN=256, NA=2, NB=4, NE=4, streamed=True),
     Variant(MB=2, BN=192, NA=2, NB=4, NE=4),
-    Variant(MB=1, BN=128, NA=4, NB=8, NE=2),
+    Variant(MB=2, BN=192, NA=2, NB=4, NE=4, streamed=True),
 )
 
 
@@ -168,6 +176,64 @@ def fragments(slot, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def parts_of(size):
+    """How many parts this program works on, and what `part` takes: tiles of its own, then its share of the rest."""
+    rows, inner, tiles_m, tiles_n, steps, whole = size
+    p, programs = gl.program_id(0), gl.num_programs(0)
+    shared = (tiles_m * tiles_n - whole) * steps
+    own = gl.cdiv(whole - p, programs)
+    begin, end = p * shared // programs, (p + 1) * shared // programs
+    return own + gl.where(end > begin, (end - 1) // gl.maximum(steps, 1) - begin // steps + 1, 0), (own, begin, end)
+
+
+@gluon.jit
+def part(i, share, size):
+    """Part i of this program: its tile, its steps from first to last, and the last program that works on the tile."""
+    rows, inner, tiles_m, tiles_n, steps, whole = size
+    own, begin, end = share
+    p, programs = gl.program_id(0), gl.num_programs(0)
+    at = (begin // steps + i - own) * steps  # where the tile begins in what is shared
+    last = ((at + steps) * programs - 1) // gl.maximum((tiles_m * tiles_n - whole) * steps, 1)
+    mine = i < own
+    tile = gl.where(mine, p + i * programs, whole + at // steps)
+    first, to = gl.where(mine, 0, gl.maximum(begin - at, 0)), gl.where(mine, steps, gl.minimum(end - at, steps))
+    return tile, first, to, gl.where(mine | (first > 0), p, last)
+
+
+@constexpr_function
+def arrive_asm():
+    """Each warp counts itself in after the stores of all its lanes."""
+    return """{
+        .reg .pred p;
+        bar.warp.sync 0xffffffff;
+        elect.sync _|p, 0xffffffff;
+        @p red.release.gpu.global.add.s32 [$1], 1;
+        mov.b32 $0, 0;
+    }"""
+
+
+@constexpr_function
+def await_asm():
+    """Until all four warps are counted in."""
+    return """{
+        .reg .pred p;
+        .reg .b32 v;
+    again:
+        ld.acquire.gpu.global.b32 v, [$1];
+        setp.ne.s32 p, v, 4;
+        @p bra again;
+        mov.b32 $0, v;
+    }"""
+
+
+@gluon.jit
+def place_of_sums(partials, i, WG: gl.constexpr, MB: gl.constexpr, BN: gl.constexpr, L4: gl.constexpr):
+    """Where program i leaves the sums of this warpgroup: pointers to its first 64 x 64 entries."""
+    offset = along(8, 0, L4, 4) * 512 + along(4, 1, L4, 4) * 128 + along(32, 2, L4, 4) * 4 + along(4, 3, L4, 4)
+    return partials + (i.to(gl.int64) * 2 + WG) * (MB * BN * 64) + offset
+
+
+@gluon.jit
 def producer(
     values,
     x,
@@ -181,13 +247,15 @@ def producer(
     GROUP: gl.constexpr,
 ):
     arena, full_a, empty_a, full_b, empty_b = ring
-    rows, inner, tiles_m, tiles_n, steps = size
+    rows, inner, tiles_m, tiles_n, steps, whole = size
     SA: gl.constexpr = BM // 64
     SB: gl.constexpr = BN // 64
     a, pa, b, pb = 0, 1, 0, 1
-    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+    parts, share = parts_of(size)
+    for u in range(parts):
+        tile, first, to, _ = part(u, share, size)
         tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
-        for i in range(steps):
+        for i in range(first, to):
             mbarrier.wait(empty_a.index(a), pa)
             mbarrier.expect(full_a.index(a), SA * SLOT)
             for r in gl.static_range(SA):
@@ -238,9 +306,9 @@ def consumer(
     GROUP: gl.constexpr,
     REGISTER_A: gl.constexpr,
 ):
-    meta, y, bias, ring, size = data
+    meta, y, bias, partials, counts, ring, size = data
     arena, full_a, empty_a, full_b, empty_b = ring
-    rows, inner, tiles_m, tiles_n, steps = size
+    rows, inner, tiles_m, tiles_n, steps, whole = size
     SA: gl.constexpr = MB * WGS
     SB: gl.constexpr = BN // 64
     L4: gl.constexpr = gl.BlockedLayout([8, 1, 1, 4], [1, 1, 32, 1], [1, 4, 1, 1], [3, 2, 1, 0])
@@ -248,7 +316,9 @@ def consumer(
     selector = gl.where(lane % 2 == 0, 0x6420, 0x7531) + 0 * warp
     last = inner // 64 - 1
     a, pa, b, pb = 0, 0, 0, 0
-    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+    parts, share = parts_of(size)
+    for u in range(parts):
+        tile, first, to, helper = part(u, share, size)
         tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
         at = ()
         for m in gl.static_range(MB):
@@ -257,8 +327,9 @@ def consumer(
         acc = ()
         for _ in gl.static_range(MB * SB):
             acc = acc + (gl.full([8, 4, 32, 4], 0.0, gl.float32, L4),)
-        next0, next1 = load_metadata(meta, at, 0, last, MB, inner), load_metadata(meta, at, 1, last, MB, inner)
-        for i in range(steps):
+        next0 = load_metadata(meta, at, 2 * first, last, MB, inner)
+        next1 = load_metadata(meta, at, 2 * first + 1, last, MB, inner)
+        for i in range(first, to):
             e0, e1 = ordered(next0, selector, MB), ordered(next1, selector, MB)
             next0 = load_metadata(meta, at, 2 * i + 2, last, MB, inner)
             next1 = load_metadata(meta, at, 2 * i + 3, last, MB, inner)
@@ -283,43 +354,62 @@ def consumer(
             mbarrier.arrive(empty_a.index(a), count=1)
             b, pb = advance(b, pb, NB)
             a, pa = advance(a, pa, NA)
-        for m in gl.static_range(MB):
-            m0 = (tm * SA + WG * MB + m) * 64
-            if HAS_BIAS:
-                row = m0 + warp * 16 + lane // 4 + reg // 2 * 8
-                add = gl.load(bias + row, mask=row < rows, other=0.0).to(gl.float32)
-            for s in gl.static_range(SB):
-                part = acc[m * SB + s]
+        for p in range(gl.program_id(0) + 1, helper + 1):
+            zero = gl.full([1, 1, 1, 1], 0, gl.int32, L4)
+            gl.inline_asm_elementwise(await_asm(), "=r,l", [counts + 2 * p + WG + zero], gl.int32, False, 1)
+            place = place_of_sums(partials, p, WG, MB, BN, L4)
+            added = ()
+            for s in gl.static_range(MB * SB):
+                added = added + (acc[s] + gl.load(place + s * 4096),)
+            acc = added
+        if first > 0:
+            place = place_of_sums(partials, gl.program_id(0), WG, MB, BN, L4)
+            for s in gl.static_range(MB * SB):
+                gl.store(place + s * 4096, acc[s])
+            zero = gl.full([1, 1, 1, 1], 0, gl.int32, L4)
+            here = counts + 2 * gl.program_id(0) + WG + zero
+            gl.inline_asm_elementwise(arrive_asm(), "=r,l", [here], gl.int32, False, 1)
+        else:
+            for m in gl.static_range(MB):
+                m0 = (tm * SA + WG * MB + m) * 64
                 if HAS_BIAS:
-                    part += add
-                part = part.to(y.dtype).reshape([8, 4, 8, 4, 2, 2])
-                slot = arena.index(NA * SA + NB * SB + WG * NE + (m * SB + s) % NE)
-                if m * SB + s == 0 or m * SB + s >= NE:  # what is still in the slot has been read when this returns
-                    tma.store_wait(0 if m * SB + s == 0 else NE - 1)
+                    row = m0 + warp * 16 + lane // 4 + reg // 2 * 8
+                    add = gl.load(bias + row, mask=row < rows, other=0.0).to(gl.float32)
+                for s in gl.static_range(SB):
+                    part = acc[m * SB + s]
+                    if HAS_BIAS:
+                        part += add
+                    part = part.to(y.dtype).reshape([8, 4, 8, 4, 2, 2])
+                    slot = arena.index(NA * SA + NB * SB + WG * NE + (m * SB + s) % NE)
+                    if m * SB + s == 0 or m * SB + s >= NE:  # what is still in the slot has been read when this returns
+                        tma.store_wait(0 if m * SB + s == 0 else NE - 1)
+                        barrier()
+                    if TRANSPOSED:
+                        slot.store(part.permute([1, 4, 2, 0, 3, 5]).reshape([64, 64]))
+                    else:
+                        slot.store(part.permute([0, 3, 5, 1, 4, 2]).reshape([64, 64]))
+                    fence_async_shared()
                     barrier()
-                if TRANSPOSED:
-                    slot.store(part.permute([1, 4, 2, 0, 3, 5]).reshape([64, 64]))
-                else:
-                    slot.store(part.permute([0, 3, 5, 1, 4, 2]).reshape([64, 64]))
-                fence_async_shared()
-                barrier()
-                if TRANSPOSED:
-                    tma_store(y, [m0, tn * BN + s * 64], slot)
-                else:
-                    tma_store(y, [tn * BN + s * 64, m0], slot)
+                    if TRANSPOSED:
+                        tma_store(y, [m0, tn * BN + s * 64], slot)
+                    else:
+                        tma_store(y, [tn * BN + s * 64, m0], slot)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["rows", "inner", "outer"])
+@gluon.jit(do_not_specialize=["rows", "inner", "outer", "whole"])
 def kernel(
     values,  # packed operand [rows, inner / 2]
     meta,  # int64, its metadata
     x,  # [outer, inner] or, TRANSPOSED, [inner, outer]
     y,  # [outer, rows] or, TRANSPOSED, [rows, outer]
     bias,  # [rows]
+    partials,  # fp32 [programs, tile]: the sums of programs that began within a tile
+    counts,  # int32 [programs, WGS], zeroed: how many warps have left theirs
     rows,
     inner,
     outer,
+    whole,  # tiles that one program works on alone, a multiple of the programs; the rest is shared out by steps
     HAS_BIAS: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     DTYPE: gl.constexpr,
@@ -338,8 +428,8 @@ def kernel(
     full_b, empty_b = make_barriers(NB, 1), make_barriers(NB, WGS)
     fence_async_shared()
     tiles_m, tiles_n, steps = gl.cdiv(rows, BM), gl.cdiv(outer, BN), gl.cdiv(inner, 128)
-    ring, size = (arena, full_a, empty_a, full_b, empty_b), (rows, inner, tiles_m, tiles_n, steps)
-    data = (meta, y, bias, ring, size)
+    ring, size = (arena, full_a, empty_a, full_b, empty_b), (rows, inner, tiles_m, tiles_n, steps, whole)
+    data = (meta, y, bias, partials, counts, ring, size)
     gl.warp_specialize(
         [
             (consumer, (0, data, HAS_BIAS, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
@@ -356,14 +446,16 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 ALIGNMENT = 16  # bytes, of what TMA reads and writes
 
 
+@lru_cache
 def tiling() -> gl.NVMMASharedLayout:
     """How a slot lies in shared memory."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
+@lru_cache(maxsize=64)
 def constants(variant: Variant, dtype: torch.dtype, transposed: bool, has_bias: bool) -> dict[str, object]:
-    """The compile-time arguments of `kernel`."""
-    chosen = {k: v for k, v in variant._asdict().items() if k != "persistent"}
+    """The compile-time arguments of `kernel`; not to be changed."""
+    chosen = {k: v for k, v in variant._asdict().items() if k not in ("persistent", "streamed")}
     return {"HAS_BIAS": has_bias, "TRANSPOSED": transposed, "DTYPE": DTYPES[dtype], **chosen}
 
 
@@ -395,18 +487,48 @@ def multiply(
     outer = x.shape[1] if transposed else x.shape[0]
     y = x.new_empty((rows, outer) if transposed else (outer, rows))
     values, metadata = layout.split(_aligned(packed), rows, inner)
-    tiles = -(-rows // variant.rows) * -(-outer // variant.BN)
+    tiles, steps = -(-rows // variant.rows) * -(-outer // variant.BN), -(-inner // 128)
     programs = min(tiles, _processors(x.device)) if variant.persistent else tiles
-    kernel[(programs,)](
+    whole, partials, counts = tiles, *_nothing(x.device)
+    if variant.streamed:
+        programs, whole = _shared_out(tiles, steps, _processors(x.device))
+        if whole < tiles:
+            partials = torch.empty(programs * variant.rows * variant.BN, dtype=torch.float32, device=x.device)
+            counts = torch.zeros(programs * _WGS, dtype=torch.int32, device=x.device)
+    launch(
+        kernel,
+        (programs,),
+        x.device,
         _descriptor(values),
         metadata.view(torch.int64),
         _descriptor(_aligned(x)),
         _descriptor(y),
         y if bias is None else bias.contiguous(),
+        partials,
+        counts,
         rows,
         inner,
         outer,
+        whole,
         **constants(variant, x.dtype, transposed, bias is not None),
         num_warps=4,
     )
     return y
+
+
+@lru_cache(maxsize=64)
+def _nothing(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stands for the sums and counts of a launch that shares out nothing."""
+    return torch.empty(4, dtype=torch.float32, device=device), torch.zeros(4, dtype=torch.int32, device=device)
+
+
+def _shared_out(tiles: int, steps: int, processors: int) -> tuple[int, int]:
+    """(programs, how many of the tiles are taken whole): the last round and a full one before it are shared out.
+
+    Of a round alone each tile would be in many hands, and every hand costs a tile written and read.
+    """
+    rounds, rest = divmod(tiles, processors)
+    whole = max(0, rounds - 1) * processors
+    if not rest or (tiles - whole) * steps < processors or (tiles - whole) * steps * processors >= 2**31:
+        return min(tiles, processors), tiles
+    return processors, whole

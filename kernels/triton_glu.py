@@ -58,7 +58,7 @@ def pack_gradient_kernel(
         prune_and_store(packed, x0, x1, x2, x3, keys, t0, tile * BF, padded, features, ORDER, BT, BF)
 
 
-_STRIP = 4  # tiles of a program
+_STRIP = 2  # tiles of a program
 
 
 def _cdiv(a: int, b: int) -> int:  # triton.cdiv, made for kernels, takes a quarter of a launch on the host
@@ -359,7 +359,7 @@ def glu_backward_pack(
     sums = _sums(z, bias)
     launch(
         glu_backward_pack_kernel,
-        (padded // layout.TILE * _cdiv(features // layout.TILE, _STRIP // 2),),
+        (padded // layout.TILE * _cdiv(features // layout.TILE, _STRIP),),
         z.device,
         dh,
         z,
@@ -376,7 +376,7 @@ def glu_backward_pack(
         ORDER=order,
         BT=layout.TILE,
         BF=layout.TILE,
-        STRIP=_STRIP // 2,
+        STRIP=_STRIP,
         num_warps=4,
         maxnreg=128,  # four programs then fit on a multiprocessor: worth more than the few registers spilled
     )

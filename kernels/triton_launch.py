@@ -20,7 +20,8 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # with what 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
     """Run `kernel` on `device` (Triton itself launches on the current one); an empty grid is no launch.
 
-    args: tensors and numbers, all arguments of the kernel that are not constexpr. constants: the constexpr ones, and
+    args: tensors, numbers and tensor descriptors (each kernel has one layout of them), all arguments of the kernel that
+    are not constexpr. constants: the constexpr ones, and
     Triton's options.
     """
     if 0 in grid:
@@ -59,4 +60,6 @@ def _kind(arg: Any) -> object:
     """What Triton compiles a kernel anew for: dtypes, aligned addresses and multiples of 16, a 1, and wide integers."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
+    if hasattr(arg, "block_shape"):  # for TMA
+        return arg.base.dtype, *arg.block_shape
     return type(arg), arg % 16 == 0, arg == 1, -(2**31) <= arg < 2**31

@@ -495,7 +495,7 @@ def masked_decay_kernel(
         tl.store(at, (tl.load(at).to(tl.float32) + tl.cast(decay, tl.float32) * pruned).to(GRAD))
 
 
-_STRIP = 4  # tiles of a program
+_STRIP = 2  # tiles of a program
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
