@@ -313,6 +313,7 @@ def consumer(
     SB: gl.constexpr = BN // 64
     L4: gl.constexpr = gl.BlockedLayout([8, 1, 1, 4], [1, 1, 32, 1], [1, 4, 1, 1], [3, 2, 1, 0])
     warp, lane, reg = along(4, 1, L4, 4), along(32, 2, L4, 4), along(4, 3, L4, 4)
+    once = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))  # an element a thread, unlike L4's 32
     selector = gl.where(lane % 2 == 0, 0x6420, 0x7531) + 0 * warp
     last = inner // 64 - 1
     a, pa, b, pb = 0, 0, 0, 0
@@ -355,8 +356,7 @@ def consumer(
             b, pb = advance(b, pb, NB)
             a, pa = advance(a, pa, NA)
         for p in range(gl.program_id(0) + 1, helper + 1):
-            zero = gl.full([1, 1, 1, 1], 0, gl.int32, L4)
-            gl.inline_asm_elementwise(await_asm(), "=r,l", [counts + 2 * p + WG + zero], gl.int32, False, 1)
+            gl.inline_asm_elementwise(await_asm(), "=r,l", [counts + 2 * p + WG + once], gl.int32, False, 1)
             place = place_of_sums(partials, p, WG, MB, BN, L4)
             added = ()
             for s in gl.static_range(MB * SB):
@@ -366,8 +366,7 @@ def consumer(
             place = place_of_sums(partials, gl.program_id(0), WG, MB, BN, L4)
             for s in gl.static_range(MB * SB):
                 gl.store(place + s * 4096, acc[s])
-            zero = gl.full([1, 1, 1, 1], 0, gl.int32, L4)
-            here = counts + 2 * gl.program_id(0) + WG + zero
+            here = counts + 2 * gl.program_id(0) + WG + once
             gl.inline_asm_elementwise(arrive_asm(), "=r,l", [here], gl.int32, False, 1)
         else:
             for m in gl.static_range(MB):
