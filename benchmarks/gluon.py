@@ -43,12 +43,13 @@ WGMMA: dict[str, dict[str, Any]] = {
     "128x256-group4": dict(MB=1, BN=256, NA=2, NB=4, NE=4, GROUP=4),
     "256x192-group4": dict(MB=2, BN=192, NA=2, NB=4, NE=4, GROUP=4),
     "256x192-group8": dict(MB=2, BN=192, NA=2, NB=4, NE=4, GROUP=8),
-    "128x256-streamed": dict(MB=1, BN=256, NA=2, NB=4, NE=4, streamed=True),
-    "256x192-streamed": dict(MB=2, BN=192, NA=2, NB=4, NE=4, streamed=True),
+    "128x256-both": dict(MB=1, BN=256, NA=2, NB=5, NE=2, REGISTER_A=True, split=True),
+    "128x256-split": dict(MB=1, BN=256, NA=2, NB=4, NE=4, split=True),
+    "256x192-split": dict(MB=2, BN=192, NA=2, NB=4, NE=4, split=True),
 }
 MMA: dict[str, dict[str, Any]] = {"mma-128x128": dict(STAGES=4), "mma-128x64": dict(STAGES=3, NI=4)}
 #: Also checked with fp16 and with a bias, which are kernels of their own.
-THOROUGH = ("128x256", "256x192-streamed", "128x256-registers", "mma-128x128")
+THOROUGH = ("128x256", "256x192-split", "128x256-registers", "mma-128x128")
 DEVICE = torch.device("cuda", 0)
 FIRST = [(4096, 14336), (2048, 8192), (1024, 4096)]
 _BF, _FP = "bfloat16", "float16"

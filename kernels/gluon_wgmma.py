@@ -11,9 +11,10 @@ by 128 columns of it a slot) and for x (64 by 64), and slots to write the result
 takes its address from the symbol `global_smem`: Triton puts the largest buffer first, at offset 0. That is an
 assumption, and `gluon_matmul` tests it.
 
-Where tiles do not fill all multiprocessors evenly, the last ones are shared out by steps instead (stream-K, Osama et
-al., arXiv 2301.03598): a program whose share begins within a tile leaves its sums in memory, and the one that began the
-tile adds them in the order of the programs, so that results stay the same from run to run.
+Where the last round of tiles leaves multiprocessors idle, its tiles are cut into equal parts of their steps (split-K).
+Programs that run together then still read the same rows and columns; shares of equal length (stream-K) were slower on
+an H100, because each program was at another step and L2 served none of them. The program of a tile's last part adds
+what the others left in memory, in their order, so that results stay the same from run to run.
 """
 
 # mypy: disable-error-code="assignment, no-redef, var-annotated"
@@ -34,14 +35,14 @@ from .gluon_common import advance, along, barrier, constexpr_function, make_barr
 from .triton_launch import launch
 
 _SLOT = 8192  # bytes: 64 x 64 entries of 16 bits
+_LEAVING_STEPS = 2.0  # 200 KB, at 64 bytes a clock, beside 1500 clocks a step
 _WGS = 2  # consumer warpgroups: of three, each would have too few registers for 256 columns
 SLOT, WGS = gl.constexpr(_SLOT), gl.constexpr(_WGS)
 
 
 class Variant(NamedTuple):
     """Tile rows 128 * MB by BN; ring depths NA (of 128 columns) and NB (of 64); NE slots a warpgroup to write
-    from; GROUP row tiles are worked on together. streamed: where tiles do not come out even, the last are shared out
-    by steps.
+    from; GROUP row tiles are worked on together. split: the tiles of the last round are cut where that gains.
     """
 
     MB: int
@@ -52,7 +53,7 @@ class Variant(NamedTuple):
     GROUP: int = 16
     REGISTER_A: bool = False
     persistent: bool = True
-    streamed: bool = False
+    split: bool = False
 
     @property
     def rows(self) -> int:
@@ -66,9 +67,9 @@ class Variant(NamedTuple):
 #: What is measured for each problem; the first one also serves the check at first use.
 VARIANTS = (
     Variant(MB=1, BN=256, NA=2, NB=4, NE=4),
-    Variant(MB=1, BN=256, NA=2, NB=4, NE=4, streamed=True),
+    Variant(MB=1, BN=256, NA=2, NB=4, NE=4, split=True),
     Variant(MB=2, BN=192, NA=2, NB=4, NE=4),
-    Variant(MB=2, BN=192, NA=2, NB=4, NE=4, streamed=True),
+    Variant(MB=2, BN=192, NA=2, NB=4, NE=4, split=True),
 )
 
 
@@ -177,27 +178,25 @@ def fragments(slot, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def parts_of(size):
-    """How many parts this program works on, and what `part` takes: tiles of its own, then its share of the rest."""
-    rows, inner, tiles_m, tiles_n, steps, whole = size
-    p, programs = gl.program_id(0), gl.num_programs(0)
-    shared = (tiles_m * tiles_n - whole) * steps
-    own = gl.cdiv(whole - p, programs)
-    begin, end = p * shared // programs, (p + 1) * shared // programs
-    return own + gl.where(end > begin, (end - 1) // gl.maximum(steps, 1) - begin // steps + 1, 0), (own, begin, end)
+    """How many parts this program works on: whole tiles first, then parts of the last ones."""
+    rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
+    return gl.cdiv(whole + (tiles_m * tiles_n - whole) * cuts - gl.program_id(0), gl.num_programs(0))
 
 
 @gluon.jit
-def part(i, share, size):
-    """Part i of this program: its tile, its steps from first to last, and the last program that works on the tile."""
-    rows, inner, tiles_m, tiles_n, steps, whole = size
-    own, begin, end = share
-    p, programs = gl.program_id(0), gl.num_programs(0)
-    at = (begin // steps + i - own) * steps  # where the tile begins in what is shared
-    last = ((at + steps) * programs - 1) // gl.maximum((tiles_m * tiles_n - whole) * steps, 1)
-    mine = i < own
-    tile = gl.where(mine, p + i * programs, whole + at // steps)
-    first, to = gl.where(mine, 0, gl.maximum(begin - at, 0)), gl.where(mine, steps, gl.minimum(end - at, steps))
-    return tile, first, to, gl.where(mine | (first > 0), p, last)
+def work_of(i, size):
+    """Part i of this program: its tile, its steps from first to last, which of the tile's `cuts` parts it is (-1: all
+    of it), and its place among these parts. First come the first parts of all tiles that are cut, then the second ones.
+    """
+    rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
+    cut = gl.maximum(tiles_m * tiles_n - whole, 1)
+    at = gl.program_id(0) + i * gl.num_programs(0)
+    place = gl.maximum(at - whole, 0)
+    which = place // cut
+    mine = at < whole
+    tile = gl.where(mine, at, whole + place % cut)
+    first, last = gl.where(mine, 0, which * steps // cuts), gl.where(mine, steps, (which + 1) * steps // cuts)
+    return tile, first, last, gl.where(mine, -1, which), place
 
 
 @constexpr_function
@@ -228,7 +227,7 @@ def await_asm():
 
 @gluon.jit
 def place_of_sums(partials, i, WG: gl.constexpr, MB: gl.constexpr, BN: gl.constexpr, L4: gl.constexpr):
-    """Where program i leaves the sums of this warpgroup: pointers to its first 64 x 64 entries."""
+    """Where the sums of this warpgroup in part i are left: pointers to its first 64 x 64 entries."""
     offset = along(8, 0, L4, 4) * 512 + along(4, 1, L4, 4) * 128 + along(32, 2, L4, 4) * 4 + along(4, 3, L4, 4)
     return partials + (i.to(gl.int64) * 2 + WG) * (MB * BN * 64) + offset
 
@@ -247,13 +246,12 @@ def producer(
     GROUP: gl.constexpr,
 ):
     arena, full_a, empty_a, full_b, empty_b = ring
-    rows, inner, tiles_m, tiles_n, steps, whole = size
+    rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
     SA: gl.constexpr = BM // 64
     SB: gl.constexpr = BN // 64
     a, pa, b, pb = 0, 1, 0, 1
-    parts, share = parts_of(size)
-    for u in range(parts):
-        tile, first, to, _ = part(u, share, size)
+    for u in range(parts_of(size)):
+        tile, first, to, _, _ = work_of(u, size)
         tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
         for i in range(first, to):
             mbarrier.wait(empty_a.index(a), pa)
@@ -308,7 +306,7 @@ def consumer(
 ):
     meta, y, bias, partials, counts, ring, size = data
     arena, full_a, empty_a, full_b, empty_b = ring
-    rows, inner, tiles_m, tiles_n, steps, whole = size
+    rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
     SA: gl.constexpr = MB * WGS
     SB: gl.constexpr = BN // 64
     L4: gl.constexpr = gl.BlockedLayout([8, 1, 1, 4], [1, 1, 32, 1], [1, 4, 1, 1], [3, 2, 1, 0])
@@ -317,9 +315,8 @@ def consumer(
     selector = gl.where(lane % 2 == 0, 0x6420, 0x7531) + 0 * warp
     last = inner // 64 - 1
     a, pa, b, pb = 0, 0, 0, 0
-    parts, share = parts_of(size)
-    for u in range(parts):
-        tile, first, to, helper = part(u, share, size)
+    for u in range(parts_of(size)):
+        tile, first, to, which, place = work_of(u, size)
         tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
         at = ()
         for m in gl.static_range(MB):
@@ -355,18 +352,21 @@ def consumer(
             mbarrier.arrive(empty_a.index(a), count=1)
             b, pb = advance(b, pb, NB)
             a, pa = advance(a, pa, NA)
-        for p in range(gl.program_id(0) + 1, helper + 1):
+        leaves = (which >= 0) & (which < cuts - 1)
+        cut = tiles_m * tiles_n - whole
+        for before in range(0, gl.where(which == cuts - 1, which, 0)):
+            p = place - (which - before) * cut
             gl.inline_asm_elementwise(await_asm(), "=r,l", [counts + 2 * p + WG + once], gl.int32, False, 1)
-            place = place_of_sums(partials, p, WG, MB, BN, L4)
+            left = place_of_sums(partials, p, WG, MB, BN, L4)
             added = ()
             for s in gl.static_range(MB * SB):
-                added = added + (acc[s] + gl.load(place + s * 4096),)
+                added = added + (acc[s] + gl.load(left + s * 4096),)
             acc = added
-        if first > 0:
-            place = place_of_sums(partials, gl.program_id(0), WG, MB, BN, L4)
+        if leaves:
+            left = place_of_sums(partials, place, WG, MB, BN, L4)
             for s in gl.static_range(MB * SB):
-                gl.store(place + s * 4096, acc[s])
-            here = counts + 2 * gl.program_id(0) + WG + once
+                gl.store(left + s * 4096, acc[s])
+            here = counts + 2 * place + WG + once
             gl.inline_asm_elementwise(arrive_asm(), "=r,l", [here], gl.int32, False, 1)
         else:
             for m in gl.static_range(MB):
@@ -396,19 +396,20 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["rows", "inner", "outer", "whole"])
+@gluon.jit(do_not_specialize=["rows", "inner", "outer", "whole", "cuts"])
 def kernel(
     values,  # packed operand [rows, inner / 2]
     meta,  # int64, its metadata
     x,  # [outer, inner] or, TRANSPOSED, [inner, outer]
     y,  # [outer, rows] or, TRANSPOSED, [rows, outer]
     bias,  # [rows]
-    partials,  # fp32 [programs, tile]: the sums of programs that began within a tile
-    counts,  # int32 [programs, WGS], zeroed: how many warps have left theirs
+    partials,  # fp32 [parts but the last of each tile, tile]: their sums
+    counts,  # int32 [these parts, WGS], zeroed: how many warps have left theirs
     rows,
     inner,
     outer,
-    whole,  # tiles that one program works on alone, a multiple of the programs; the rest is shared out by steps
+    whole,  # tiles that are not cut
+    cuts,  # parts of each of the others
     HAS_BIAS: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     DTYPE: gl.constexpr,
@@ -427,7 +428,7 @@ def kernel(
     full_b, empty_b = make_barriers(NB, 1), make_barriers(NB, WGS)
     fence_async_shared()
     tiles_m, tiles_n, steps = gl.cdiv(rows, BM), gl.cdiv(outer, BN), gl.cdiv(inner, 128)
-    ring, size = (arena, full_a, empty_a, full_b, empty_b), (rows, inner, tiles_m, tiles_n, steps, whole)
+    ring, size = (arena, full_a, empty_a, full_b, empty_b), (rows, inner, tiles_m, tiles_n, steps, whole, cuts)
     data = (meta, y, bias, partials, counts, ring, size)
     gl.warp_specialize(
         [
@@ -454,7 +455,7 @@ def tiling() -> gl.NVMMASharedLayout:
 @lru_cache(maxsize=64)
 def constants(variant: Variant, dtype: torch.dtype, transposed: bool, has_bias: bool) -> dict[str, object]:
     """The compile-time arguments of `kernel`; not to be changed."""
-    chosen = {k: v for k, v in variant._asdict().items() if k not in ("persistent", "streamed")}
+    chosen = {k: v for k, v in variant._asdict().items() if k not in ("persistent", "split")}
     return {"HAS_BIAS": has_bias, "TRANSPOSED": transposed, "DTYPE": DTYPES[dtype], **chosen}
 
 
@@ -488,12 +489,12 @@ def multiply(
     values, metadata = layout.split(_aligned(packed), rows, inner)
     tiles, steps = -(-rows // variant.rows) * -(-outer // variant.BN), -(-inner // 128)
     programs = min(tiles, _processors(x.device)) if variant.persistent else tiles
-    whole, partials, counts = tiles, *_nothing(x.device)
-    if variant.streamed:
-        programs, whole = _shared_out(tiles, steps, _processors(x.device))
-        if whole < tiles:
-            partials = torch.empty(programs * variant.rows * variant.BN, dtype=torch.float32, device=x.device)
-            counts = torch.zeros(programs * _WGS, dtype=torch.int32, device=x.device)
+    cut, cuts = _cut(tiles, steps, _processors(x.device)) if variant.split else (0, 1)
+    partials, counts = _nothing(x.device)
+    if cut:
+        programs = _processors(x.device)
+        partials = x.new_empty(cut * (cuts - 1) * variant.rows * variant.BN, dtype=torch.float32)
+        counts = x.new_zeros(cut * (cuts - 1) * _WGS, dtype=torch.int32)
     launch(
         kernel,
         (programs,),
@@ -508,7 +509,8 @@ def multiply(
         rows,
         inner,
         outer,
-        whole,
+        tiles - cut,
+        cuts,
         **constants(variant, x.dtype, transposed, bias is not None),
         num_warps=4,
     )
@@ -517,17 +519,21 @@ def multiply(
 
 @lru_cache(maxsize=64)
 def _nothing(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Stands for the sums and counts of a launch that shares out nothing."""
+    """Stands for the sums and counts of a launch that cuts no tile."""
     return torch.empty(4, dtype=torch.float32, device=device), torch.zeros(4, dtype=torch.int32, device=device)
 
 
-def _shared_out(tiles: int, steps: int, processors: int) -> tuple[int, int]:
-    """(programs, how many of the tiles are taken whole): the last round and a full one before it are shared out.
+@lru_cache(maxsize=1024)
+def _cut(tiles: int, steps: int, processors: int) -> tuple[int, int]:
+    """(tiles of the last round that are cut, parts of each), (0, 1) where that would not gain.
 
-    Of a round alone each tile would be in many hands, and every hand costs a tile written and read.
+    To leave or to add the sums of a part takes about as long as `_LEAVING_STEPS` steps.
     """
-    rounds, rest = divmod(tiles, processors)
-    whole = max(0, rounds - 1) * processors
-    if not rest or (tiles - whole) * steps < processors or (tiles - whole) * steps * processors >= 2**31:
-        return min(tiles, processors), tiles
-    return processors, whole
+    rest = tiles % processors
+
+    def length(cuts: int) -> float:
+        left = _LEAVING_STEPS if cuts > 1 else 0.0
+        return -(-rest * cuts // processors) * (steps / cuts + left) + (cuts - 1) * _LEAVING_STEPS
+
+    cuts = min(range(1, min(16, steps) + 1), key=length)
+    return (rest, cuts) if rest and cuts > 1 else (0, 1)

@@ -41,7 +41,8 @@ def compile_all(folder):
         signature |= {"y": f"*{dtype}", "bias": f"*{dtype}"}
         if module == "gluon_wgmma":
             moved = f"tensordesc<{dtype}[64, 64],{kernels.tiling()!r}>"
-            signature |= {"values": moved, "x": moved, "y": moved, "meta": "*i64", "partials": "*fp32", "counts": "*i32"}
+            signature |= {"values": moved, "x": moved, "y": moved}
+            signature |= {"meta": "*i64", "partials": "*fp32", "counts": "*i32"}
             aligned, warps = ("meta", "bias", "partials", "counts"), 4
         else:
             signature |= {"values": "*i32", "meta": "*i32", "x": f"*{dtype}" if transposed else "*i32"}
