@@ -81,7 +81,7 @@ NO_LOADS = {  # behind the first tile of a program: tensor cores and shared memo
     "arena.index(NA * SA + b * SB + r))": f"arena.index(NA * SA + b * SB + r), pred={_NOW})",
 }
 SAME_TILE = {  # every program loads the same tile: L2 always has it
-    "[tm * BM + r * 64, i * 64]": "[tm * 0 + r * 64, i * 64]",
+    "[row, i * 64]": "[row * 0 + r * 64, i * 64]",
     "n, k = tn * BN + r * 64,": "n, k = tn * 0 + r * 64,",
 }
 _STORES = "for s in gl.static_range(SB):\n                    part"
@@ -325,11 +325,52 @@ def time_(names: list[str], problems: list[list[Any]], tokens: int, until: float
         emit({"rows": found})
 
 
+def fused(problems: list[list[Any]], tokens: int, until: float) -> None:
+    """Emit the rows of products [activation, in_features, out_features] with the activation behind them: by one of our
+    kernels, and by cuSPARSELt's best algorithm and a second kernel.
+    """
+    from sparse24.kernels import choice, gluon_wgmma, layout, ops
+    from sparse24.kernels.providers import CusparseLt, Problem
+
+    library = CusparseLt()
+    variants = {name: gluon_wgmma.Variant(**arguments) for name, arguments in WGMMA.items()}
+    variants = {name: variant for name, variant in variants.items() if variant in gluon_wgmma.VARIANTS}
+
+    def apart(problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None, *behind: Any) -> Tensor:
+        return ops.glu(library.run(problem, packed, x, algorithm), *behind)
+
+    for kind, inner, rows in problems:
+        if time.time() > until:
+            return
+        problem = Problem("spmm", rows, inner, tokens, torch.bfloat16, DEVICE)
+        best = choice.measure(problem, [library])
+        a, mask = two_of_four(rows, inner)
+        x, packed = torch.randn(tokens, inner, device=DEVICE).bfloat16(), layout.pack(a, mask, "sm_90")
+        bias = None if kind in ops.reference.GATED else torch.zeros(rows, device=DEVICE).bfloat16()
+        runs: dict[str, Callable[[], Any]] = {
+            library.name: functools.partial(apart, problem, packed, x, best.algorithm, bias, kind)
+        }
+        for name, variant in variants.items():
+            if gluon_wgmma.can_fuse(variant, rows, kind):
+                runs[name] = functools.partial(gluon_wgmma.multiply_glu, variant, packed, x, rows, inner, bias, kind)
+                emit({"running": name})
+                runs[name]()
+                torch.cuda.synchronize()
+        emit({"running": ""})
+        times = in_turns(runs, 5, max(1, round(8 / timed(runs[library.name], 3))))
+        found = []
+        for name in runs:
+            ms = percentiles(times[name])
+            row = {"k": inner, "f": rows, "tokens": tokens, "kind": kind, "with": name, "ms": ms}
+            found.append(row | {"ratio": percentiles(times[library.name])["p50"] / ms["p50"]})
+        emit({"rows": found})
+
+
 def child(job: dict[str, Any]) -> None:
     os.environ.pop("SPARSE24_GLUON", None)
     faulthandler.dump_traceback_later(STEP_S, exit=True)
     with torch.no_grad():
-        {"check": check, "compile": compile_, "time": time_}[job.pop("do")](**job)
+        {"check": check, "compile": compile_, "time": time_, "fused": fused}[job.pop("do")](**job)
     faulthandler.cancel_dump_traceback_later()
 
 
@@ -392,7 +433,7 @@ def main() -> None:
         child(args.child)
         return
     names = [name for name in args.variants if name in MMA or major == 9]
-    result: dict[str, Any] = {"checks": {}, "rows": [], "ablations": [], "failed": []}
+    result: dict[str, Any] = {"checks": {}, "rows": [], "fused": [], "ablations": [], "failed": []}
     print(environment(), flush=True)
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
         result["checks"] = dict(zip(names, pool.map(checked, names), strict=True))
@@ -425,7 +466,19 @@ def main() -> None:
                 return
             names = [name for name in names if name != running]
 
+    def timing_fused(problems: list[list[Any]]) -> None:
+        for found in ask(do="fused", problems=problems, tokens=args.tokens, until=until):
+            for row in found.get("rows", ()):
+                result["fused"].append(row)
+                where = f"{row['k']:6d} {row['f']:6d} {row['kind']:12s} {row['with']:28s}"
+                print(f"{where} {row['ms']['p50']:8.4f} {row['ratio']:6.2f}", flush=True)
+            save(args.out, result)
+        result["failed"] += [found] if found["exit"] else []
+
     until = began + args.seconds - 12  # what one problem takes
+    if major == 9:
+        both = (("gelu_tanh", 1), ("swiglu", 2))  # a gated layer has gate and up
+        timing_fused([[kind, k, n * f] for k, f in (*FIRST, SHAPES[0]) for kind, n in both])
     if parts:
         timing("ablations", [*(n for n in ABLATED if n in right), *parts], problems[:2])
     timing("rows", right, problems)

@@ -43,6 +43,7 @@ class Choice:
 KERNEL = "kernel"  # what stands for a provider in the cache where one kernel was timed
 _BY_NAME: dict[str, Provider] = {p.name: p for p in PROVIDERS}
 _choices: dict[Problem, Choice] = {}
+_fused: dict[tuple[Problem, str, torch.dtype | None], Choice] = {}  # KERNEL: two kernels are faster
 
 
 def matmul(problem: Problem, packed: Tensor, x: Tensor) -> Tensor:
@@ -58,6 +59,36 @@ def matmul(problem: Problem, packed: Tensor, x: Tensor) -> Tensor:
         gluon_matmul.withdraw(problem.device, str(error))
         del _choices[problem]  # chosen anew among the others
         return matmul(problem, packed, x)
+
+
+def matmul_glu(
+    problem: Problem, packed: Tensor, x: Tensor, bias: Tensor | None, kind: str, glu: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`matmul` of an "spmm" and glu(product, bias, kind), both: by one of our own kernels where that is faster."""
+    variant = _fusing(problem, kind, None if bias is None else bias.dtype, glu)
+    if variant is not None:
+        try:
+            return gluon_matmul.multiply_glu(variant, packed, x, problem.rows, bias, kind)
+        except gluon_matmul.Failed as error:
+            gluon_matmul.withdraw(problem.device, str(error))
+    y = matmul(problem, packed, x)
+    return y, glu(y, bias, kind)
+
+
+def _fusing(problem: Problem, kind: str, bias: torch.dtype | None, glu: Callable[..., Tensor]) -> int | None:
+    """The variant that serves an spmm with the activation behind it, None where two kernels are faster."""
+    if not _BY_NAME[Gluon.name].supports(problem):
+        return None
+    found = _fused.get((problem, kind, bias))
+    if found is None and torch.cuda.is_current_stream_capturing():
+        return None  # nothing can be measured here
+    if found is None:
+        rounded, store = _rounded(problem), _store(problem.device)
+        key = f"{_key(rounded)} {kind} {bias}".replace("torch.", "")
+        if key not in store.choices:
+            store.add(key, _measure_fused(rounded, kind, bias, glu))
+        found = _fused[problem, kind, bias] = store.choices[key]
+    return found.algorithm if found.provider == Gluon.name else None
 
 
 def choose(problem: Problem) -> Choice:
@@ -129,6 +160,34 @@ def measure(problem: Problem, providers: Sequence[Provider] | None = None) -> Ch
         return Choice(fastest.provider, fastest.algorithm, sparse_ms, dense_ms)
 
 
+def _measure_fused(problem: Problem, kind: str, bias: torch.dtype | None, glu: Callable[..., Tensor]) -> Choice:
+    """The fastest right variant with the activation behind it; KERNEL where the product and `glu` take less. Both
+    results are compared with those of the two kernels. dense_ms: of the latter.
+    """
+    with torch.no_grad(), torch.cuda.device(problem.device):
+        packed, x, _ = _data(problem)
+        b = None if bias is None else torch.randn(problem.rows, device=problem.device).to(bias)
+
+        def apart() -> Tensor:
+            y = matmul(problem, packed, x)
+            return torch.cat((y, glu(y, b, kind)), -1)
+
+        expected, best = apart(), float("inf")
+        fastest = Choice(KERNEL)
+        for variant in gluon_matmul.fusing(problem.device, problem.rows, kind):
+            run = partial(gluon_matmul.multiply_glu, variant, packed, x, problem.rows, b, kind)
+            name = f"gluon algorithm {variant} with {kind} for {problem}"
+            if _try(lambda run=run: torch.cat(run(), -1), name, expected, float("inf")) is None:
+                continue
+            if (ms := time_ms(run, 5)) < best:
+                best, fastest = ms, Choice(Gluon.name, variant)
+        if fastest.algorithm is None:
+            return fastest
+        run = partial(gluon_matmul.multiply_glu, fastest.algorithm, packed, x, problem.rows, b, kind)
+        ms, apart_ms = _side_by_side(run, lambda: glu(matmul(problem, packed, x), b, kind))
+        return Choice(Gluon.name if ms < apart_ms else KERNEL, fastest.algorithm, ms, apart_ms)
+
+
 def _data(problem: Problem) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
     """packed, x, and the dense product of the same numbers."""
     generator = torch.Generator(problem.device).manual_seed(0)
@@ -189,7 +248,7 @@ def time_ms(run: Callable[[], object], repeats: int) -> float:
     return float(start.elapsed_time(end)) / repeats
 
 
-def _side_by_side(a: Callable[[], Tensor], b: Callable[[], Tensor]) -> tuple[float, float]:
+def _side_by_side(a: Callable[[], object], b: Callable[[], object]) -> tuple[float, float]:
     """Medians of both, taken in turns: the clock follows the load."""
     times = [(time_ms(a, 5), time_ms(b, 5)) for _ in range(5)]
     return sorted(t for t, _ in times)[2], sorted(t for _, t in times)[2]
@@ -244,6 +303,7 @@ def _store(device: torch.device) -> _Store:
     slug = "".join(ch if ch.isalnum() else "-" for ch in f"{name}-{header['torch']}-{header['cusparselt']}")
     if gluon_matmul.asked_for():
         slug += "-gluon"  # measured among more candidates
+        header["gluon"] = gluon_matmul.sources()
     return _Store(cache_folder() / f"{slug}.json", header)
 
 

@@ -1,16 +1,19 @@
 """The Gluon kernels as one provider: which of them serves a GPU, and whether it can be trusted there.
 
 Gluon is experimental, and the kernels rest on what it does not promise: that Triton puts the largest shared buffer at
-offset 0, and the order of the registers that inline PTX sees. They compile, and were not run on a GPU so far. So they
-are imported only when asked for, a small product is checked at first use, and wrong numbers and errors of compiling or
-launching make the provider unavailable with a reason. A kernel that hangs, or after whose fault the process cannot use
+offset 0, and the order of the registers that inline PTX sees. So they are imported only when asked for, a small product
+is checked at first use, and wrong numbers and errors of compiling or launching make the provider unavailable with a
+reason. A kernel that hangs, or after whose fault the process cannot use
 the GPU any more, ends a training.
 """
 
+import hashlib
 import logging
 import os
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +22,7 @@ from . import layout, reference
 
 log = logging.getLogger("sparse24")
 
-#: Set to 1, this variable lets `choice` measure the Gluon kernels too. Not by default: they were not run on a
-#: GPU so far, and compiling them takes seconds.
+#: Set to 1, this variable lets `choice` measure the Gluon kernels too. Not by default: compiling them takes seconds.
 SWITCH = "SPARSE24_GLUON"
 #: Relative error (Frobenius) of the small product above which nothing is trusted: twice what rounding to bf16 costs.
 TOLERANCE = 1e-2
@@ -108,20 +110,48 @@ def variants(device: torch.device) -> int:
     return 0 if isinstance(kernels, str) else len(kernels.VARIANTS)
 
 
+def fusing(device: torch.device, rows: int, kind: str) -> list[int]:
+    """The variants that take the activation `kind` behind a product with a packed matrix of so many rows."""
+    kernels = _kernels(device)
+    if isinstance(kernels, str) or not hasattr(kernels, "multiply_glu"):
+        return []
+    return [i for i, variant in enumerate(kernels.VARIANTS) if kernels.can_fuse(variant, rows, kind)]
+
+
 def multiply(variant: int, packed: Tensor, x: Tensor, rows: int, inner: int, transposed: bool) -> Tensor:
     """The packed [rows, inner] matrix times x: x [outer, inner] -> [outer, rows], or transposed, x [<= inner, outer] ->
     [rows, outer].
 
     Raises Failed where the variant cannot be compiled or launched.
     """
+    y: Tensor = _run("multiply", variant, packed, x, rows, inner, transposed)
+    return y
+
+
+def multiply_glu(
+    variant: int, packed: Tensor, x: Tensor, rows: int, bias: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor]:
+    """`multiply`, not transposed, and `ops.glu` of its result with `bias`: both. Raises Failed as `multiply` does."""
+    both: tuple[Tensor, Tensor] = _run("multiply_glu", variant, packed, x, rows, x.shape[1], bias, kind)
+    return both
+
+
+def _run(name: str, variant: int, packed: Tensor, *args: Any) -> Any:
     kernels = _kernels(packed.device)
     if isinstance(kernels, str):
         raise Failed(kernels)
     try:
         with layout.on(packed.device):
-            y: Tensor = kernels.multiply(kernels.VARIANTS[variant], packed, x, rows, inner, transposed)
-            return y
+            return getattr(kernels, name)(kernels.VARIANTS[variant], packed, *args)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
         raise Failed(f"variant {variant}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def sources() -> str:
+    """A digest of the kernels: what was measured of others does not count."""
+    digest = hashlib.sha256()
+    for name in ("gluon_common", "gluon_mma", "gluon_wgmma"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()[:16]

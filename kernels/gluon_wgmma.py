@@ -2,6 +2,8 @@
 
     spmm    y [outer, rows] = x [outer, inner] (W.M)^T        wgrad   y [rows, outer] = (W.M) x [inner, outer]
 
+and spmm with the activation behind it: h [outer, features] straight from the sums, beside y, which the backward reads.
+
 The packed operand is read in the form that `layout` defines for sm_90, values by TMA and metadata straight into
 registers. One warp issues all TMA loads; each consumer warpgroup multiplies MB blocks of 64 rows with the BN columns of
 the tile that all of them share. While the consumers write a tile, the loads of the next one are under way.
@@ -32,6 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import layout
 from .gluon_common import advance, along, barrier, constexpr_function, make_barriers, tile_of, tma_load, tma_store
+from .reference import GATED
 from .triton_launch import launch
 
 _SLOT = 8192  # bytes: 64 x 64 entries of 16 bits
@@ -233,13 +236,25 @@ def place_of_sums(partials, i, WG: gl.constexpr, MB: gl.constexpr, BN: gl.conste
 
 
 @gluon.jit
+def block_of(tm, r: gl.constexpr, rows, MB: gl.constexpr, GATED: gl.constexpr):
+    """The 64 rows of the packed operand that are block r of tile row tm; GATED: a warpgroup has those of its features
+    twice, of the gate and of up, which stand `rows` / 2 behind each other.
+    """
+    if GATED:
+        return r % MB * (rows // 128) + tm * WGS + r // MB
+    else:
+        return tm * (MB * WGS) + r
+
+
+@gluon.jit
 def producer(
     values,
     x,
     ring,
     size,
     TRANSPOSED: gl.constexpr,
-    BM: gl.constexpr,
+    GATED: gl.constexpr,
+    MB: gl.constexpr,
     BN: gl.constexpr,
     NA: gl.constexpr,
     NB: gl.constexpr,
@@ -247,7 +262,7 @@ def producer(
 ):
     arena, full_a, empty_a, full_b, empty_b = ring
     rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
-    SA: gl.constexpr = BM // 64
+    SA: gl.constexpr = MB * WGS
     SB: gl.constexpr = BN // 64
     a, pa, b, pb = 0, 1, 0, 1
     for u in range(parts_of(size)):
@@ -257,7 +272,8 @@ def producer(
             mbarrier.wait(empty_a.index(a), pa)
             mbarrier.expect(full_a.index(a), SA * SLOT)
             for r in gl.static_range(SA):
-                tma_load(values, [tm * BM + r * 64, i * 64], full_a.index(a), arena.index(a * SA + r))
+                row = block_of(tm, r, rows, MB, GATED) * 64
+                tma_load(values, [row, i * 64], full_a.index(a), arena.index(a * SA + r))
             a, pa = advance(a, pa, NA)
             for h in gl.static_range(2):
                 mbarrier.wait(empty_b.index(b), pb)
@@ -290,10 +306,50 @@ def ordered(words, selector, MB: gl.constexpr):
 
 
 @gluon.jit
+def activation(z, KIND: gl.constexpr):
+    """fp32; as in `triton_glu`, with other roundings."""
+    if KIND == "silu":
+        return z / (1.0 + gl.exp2(-1.4426950408889634 * z))
+    elif KIND == "gelu":
+        return z * (0.5 * gl.erf(0.7071067811865476 * z) + 0.5)
+    elif KIND == "gelu_tanh":  # (1 + tanh(y)) / 2 = sigmoid(2 y)
+        return z / (1.0 + gl.exp2(z * (-0.10294324 * (z * z) - 2.3022082)))
+    elif KIND == "relu":
+        return gl.where(z < 0, 0.0, z)
+    else:
+        gl.static_assert(KIND == "relu2")
+        relu = gl.where(z < 0, 0.0, z)
+        return relu * relu
+
+
+@gluon.jit
+def store(to, slots, block, m0, n0, i: gl.constexpr, NE: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Block i of those that a warpgroup writes of a tile: 64 features from m0 by 64 columns from n0."""
+    arena, first = slots
+    slot = arena.index(first + i % NE)
+    if i == 0 or i >= NE:  # what is still in the slot has been read when this returns
+        tma.store_wait(0 if i == 0 else NE - 1)
+        barrier()
+    block = block.reshape([8, 4, 8, 4, 2, 2])
+    if TRANSPOSED:
+        slot.store(block.permute([1, 4, 2, 0, 3, 5]).reshape([64, 64]))
+    else:
+        slot.store(block.permute([0, 3, 5, 1, 4, 2]).reshape([64, 64]))
+    fence_async_shared()
+    barrier()
+    if TRANSPOSED:
+        tma_store(to, [m0, n0], slot)
+    else:
+        tma_store(to, [n0, m0], slot)
+
+
+@gluon.jit
 def consumer(
     WG: gl.constexpr,
     data,
     HAS_BIAS: gl.constexpr,
+    KIND: gl.constexpr,
+    GATED: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     DTYPE: gl.constexpr,
     MB: gl.constexpr,
@@ -304,7 +360,7 @@ def consumer(
     GROUP: gl.constexpr,
     REGISTER_A: gl.constexpr,
 ):
-    meta, y, bias, partials, counts, ring, size = data
+    meta, y, h, bias, partials, counts, ring, size = data
     arena, full_a, empty_a, full_b, empty_b = ring
     rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
     SA: gl.constexpr = MB * WGS
@@ -320,7 +376,9 @@ def consumer(
         tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
         at = ()
         for m in gl.static_range(MB):
-            block = gl.minimum(tm * SA + WG * MB + m, rows // 64 - 1)  # behind the last row: any legal metadata
+            block = gl.minimum(
+                block_of(tm, WG * MB + m, rows, MB, GATED), rows // 64 - 1
+            )  # behind the last row: any legal metadata
             at = at + (block.to(gl.int64) * inner + (lane // 2 % 2 * 32 + warp * 8 + lane // 4),)
         acc = ()
         for _ in gl.static_range(MB * SB):
@@ -369,30 +427,35 @@ def consumer(
             here = counts + 2 * place + WG + once
             gl.inline_asm_elementwise(arrive_asm(), "=r,l", [here], gl.int32, False, 1)
         else:
-            for m in gl.static_range(MB):
-                m0 = (tm * SA + WG * MB + m) * 64
+            slots = arena, NA * SA + NB * SB + WG * NE
+            for m in gl.static_range(1 if GATED else MB):
+                m0 = block_of(tm, WG * MB + m, rows, MB, GATED) * 64
                 if HAS_BIAS:
                     row = m0 + warp * 16 + lane // 4 + reg // 2 * 8
                     add = gl.load(bias + row, mask=row < rows, other=0.0).to(gl.float32)
+                    if GATED:
+                        add_up = gl.load(bias + rows // 2 + row).to(gl.float32)
                 for s in gl.static_range(SB):
-                    part = acc[m * SB + s]
-                    if HAS_BIAS:
-                        part += add
-                    part = part.to(y.dtype).reshape([8, 4, 8, 4, 2, 2])
-                    slot = arena.index(NA * SA + NB * SB + WG * NE + (m * SB + s) % NE)
-                    if m * SB + s == 0 or m * SB + s >= NE:  # what is still in the slot has been read when this returns
-                        tma.store_wait(0 if m * SB + s == 0 else NE - 1)
-                        barrier()
-                    if TRANSPOSED:
-                        slot.store(part.permute([1, 4, 2, 0, 3, 5]).reshape([64, 64]))
+                    part, n0 = acc[m * SB + s], tn * BN + s * 64
+                    if GATED:
+                        z, up = part.to(y.dtype), acc[SB + s].to(y.dtype)
+                        store(y, slots, z, m0, n0, 3 * s, NE, False)
+                        store(y, slots, up, rows // 2 + m0, n0, 3 * s + 1, NE, False)
+                        z, up = z.to(gl.float32), up.to(gl.float32)
+                        if HAS_BIAS:
+                            z, up = z + add, up + add_up
+                        store(h, slots, (activation(z, KIND) * up).to(y.dtype), m0, n0, 3 * s + 2, NE, False)
+                    elif KIND != "":
+                        z = part.to(y.dtype)
+                        store(y, slots, z, m0, n0, 2 * (m * SB + s), NE, False)
+                        z = z.to(gl.float32)
+                        if HAS_BIAS:
+                            z += add
+                        store(h, slots, activation(z, KIND).to(y.dtype), m0, n0, 2 * (m * SB + s) + 1, NE, False)
                     else:
-                        slot.store(part.permute([0, 3, 5, 1, 4, 2]).reshape([64, 64]))
-                    fence_async_shared()
-                    barrier()
-                    if TRANSPOSED:
-                        tma_store(y, [m0, tn * BN + s * 64], slot)
-                    else:
-                        tma_store(y, [tn * BN + s * 64, m0], slot)
+                        if HAS_BIAS:
+                            part += add
+                        store(y, slots, part.to(y.dtype), m0, n0, m * SB + s, NE, TRANSPOSED)
     tma.store_wait(0)
 
 
@@ -402,7 +465,8 @@ def kernel(
     meta,  # int64, its metadata
     x,  # [outer, inner] or, TRANSPOSED, [inner, outer]
     y,  # [outer, rows] or, TRANSPOSED, [rows, outer]
-    bias,  # [rows]
+    h,  # KIND: [outer, rows], or GATED: [outer, rows / 2]
+    bias,  # [rows], added to y or, KIND, within the activation only
     partials,  # fp32 [parts but the last of each tile, tile]: their sums
     counts,  # int32 [these parts, WGS], zeroed: how many warps have left theirs
     rows,
@@ -411,6 +475,8 @@ def kernel(
     whole,  # tiles that are not cut
     cuts,  # parts of each of the others
     HAS_BIAS: gl.constexpr,
+    KIND: gl.constexpr,  # of the activation, "" without one
+    GATED: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     DTYPE: gl.constexpr,
     MB: gl.constexpr,
@@ -429,12 +495,12 @@ def kernel(
     fence_async_shared()
     tiles_m, tiles_n, steps = gl.cdiv(rows, BM), gl.cdiv(outer, BN), gl.cdiv(inner, 128)
     ring, size = (arena, full_a, empty_a, full_b, empty_b), (rows, inner, tiles_m, tiles_n, steps, whole, cuts)
-    data = (meta, y, bias, partials, counts, ring, size)
+    data = (meta, y, h, bias, partials, counts, ring, size)
     gl.warp_specialize(
         [
-            (consumer, (0, data, HAS_BIAS, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
-            (consumer, (1, data, HAS_BIAS, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
-            (producer, (values, x, ring, size, TRANSPOSED, BM, BN, NA, NB, GROUP)),
+            (consumer, (0, data, HAS_BIAS, KIND, GATED, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
+            (consumer, (1, data, HAS_BIAS, KIND, GATED, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
+            (producer, (values, x, ring, size, TRANSPOSED, GATED, MB, BN, NA, NB, GROUP)),
         ],
         [4, 1],
         [232, 24],
@@ -452,11 +518,14 @@ def tiling() -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
-@lru_cache(maxsize=64)
-def constants(variant: Variant, dtype: torch.dtype, transposed: bool, has_bias: bool) -> dict[str, object]:
+@lru_cache(maxsize=256)
+def constants(
+    variant: Variant, dtype: torch.dtype, transposed: bool, has_bias: bool, kind: str = ""
+) -> dict[str, object]:
     """The compile-time arguments of `kernel`; not to be changed."""
     chosen = {k: v for k, v in variant._asdict().items() if k not in ("persistent", "split")}
-    return {"HAS_BIAS": has_bias, "TRANSPOSED": transposed, "DTYPE": DTYPES[dtype], **chosen}
+    given = {"HAS_BIAS": has_bias, "KIND": GATED.get(kind, kind), "GATED": kind in GATED, "TRANSPOSED": transposed}
+    return {**given, "DTYPE": DTYPES[dtype], **chosen}
 
 
 @lru_cache(maxsize=64)
@@ -486,6 +555,41 @@ def multiply(
     """
     outer = x.shape[1] if transposed else x.shape[0]
     y = x.new_empty((rows, outer) if transposed else (outer, rows))
+    _launch(variant, packed, x, rows, inner, transposed, bias, "", y, y)
+    return y
+
+
+def multiply_glu(
+    variant: Variant, packed: Tensor, x: Tensor, rows: int, inner: int, bias: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor]:
+    """y = x [outer, inner] times the packed [rows, inner] matrix, transposed, and `ops.glu` of it.
+
+    y is [outer, rows], without the bias; h [outer, rows] or, for the gated kinds, [outer, rows / 2]. See `can_fuse`.
+    """
+    y = x.new_empty(x.shape[0], rows)
+    h = x.new_empty(x.shape[0], rows // 2) if kind in GATED else torch.empty_like(y)
+    _launch(variant, packed, x, rows, inner, False, bias, kind, y, h)
+    return y, h
+
+
+def can_fuse(variant: Variant, rows: int, kind: str) -> bool:
+    """Whether `multiply_glu` serves: a tile of a gated kind has both halves of whole 128 features."""
+    return kind not in GATED or (variant.MB == 2 and rows % 256 == 0)
+
+
+def _launch(
+    variant: Variant,
+    packed: Tensor,
+    x: Tensor,
+    rows: int,
+    inner: int,
+    transposed: bool,
+    bias: Tensor | None,
+    kind: str,
+    y: Tensor,
+    h: Tensor,
+) -> None:
+    outer = y.shape[1] if transposed else y.shape[0]
     values, metadata = layout.split(_aligned(packed), rows, inner)
     tiles, steps = -(-rows // variant.rows) * -(-outer // variant.BN), -(-inner // 128)
     programs = min(tiles, _processors(x.device)) if variant.persistent else tiles
@@ -495,6 +599,7 @@ def multiply(
         programs = _processors(x.device)
         partials = x.new_empty(cut * (cuts - 1) * variant.rows * variant.BN, dtype=torch.float32)
         counts = x.new_zeros(cut * (cuts - 1) * _WGS, dtype=torch.int32)
+    to = _descriptor(y)
     launch(
         kernel,
         (programs,),
@@ -502,7 +607,8 @@ def multiply(
         _descriptor(values),
         metadata.view(torch.int64),
         _descriptor(_aligned(x)),
-        _descriptor(y),
+        to,
+        to if h is y else _descriptor(h),
         y if bias is None else bias.contiguous(),
         partials,
         counts,
@@ -511,10 +617,9 @@ def multiply(
         outer,
         tiles - cut,
         cuts,
-        **constants(variant, x.dtype, transposed, bias is not None),
+        **constants(variant, x.dtype, transposed, bias is not None, kind),
         num_warps=4,
     )
-    return y
 
 
 @lru_cache(maxsize=64)

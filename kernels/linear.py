@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import gluon_matmul, ops
 
 
 def sparse_linear(
@@ -101,9 +101,13 @@ class _SparseLinearGLU(torch.autograd.Function):
     def forward(ctx, tokens, packed, packed_t, seeds, bias, index, wgrad, transposed, kind, *weights):  # type: ignore[no-untyped-def]
         ctx.sizes, ctx.dtypes = _out_features(weights, transposed), [w.dtype for w in weights]
         ctx.index, ctx.wgrad, ctx.transposed, ctx.kind = index, wgrad, transposed, kind
-        gate_up = ops.spmm(packed, tokens, sum(ctx.sizes))
+        if gluon_matmul.asked_for():
+            gate_up, h = ops.spmm_glu(packed, tokens, bias, sum(ctx.sizes), kind)
+        else:
+            gate_up = ops.spmm(packed, tokens, sum(ctx.sizes))
+            h = ops.glu(gate_up, bias, kind)
         ctx.save_for_backward(tokens, packed_t, seeds, bias, gate_up)
-        return ops.glu(gate_up, bias, kind)
+        return h
 
     @staticmethod
     def backward(ctx, dh):  # type: ignore[no-untyped-def, override]

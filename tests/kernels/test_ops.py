@@ -21,6 +21,8 @@ def samples():
     gate_up, dh, bias = torch.randn(70, 128), torch.randn(70, 64), torch.randn(128)
     grad_packed = reference.pack_gradient(gate_up, seeds, 0)
     yield "spmm", (packed, torch.randn(5, 128), 64)
+    yield "spmm_glu", (packed, torch.randn(5, 128), None, 64, "swiglu")
+    yield "spmm_glu", (packed, torch.randn(5, 128), bias[:64], 64, "gelu")
     yield "wgrad", (grad_packed, torch.randn(70, 32), 128)
     yield "pack_gradient", (gate_up, seeds, 1)
     yield "glu", (gate_up, None, "swiglu")
@@ -31,7 +33,7 @@ def samples():
     yield "glu_backward_pack", (gate_up, gate_up, None, "silu", seeds, 0)
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_what_the_compiler_is_told_of_an_op_is_true(index):
     name, args = list(samples())[index]
     torch.library.opcheck(getattr(torch.ops.sparse24, name).default, args)
@@ -40,7 +42,7 @@ def test_what_the_compiler_is_told_of_an_op_is_true(index):
 def test_every_op_has_a_sample():
     defined = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("sparse24::")}
     assert {f"sparse24::{name}" for name, _ in samples()} == defined
-    assert len(list(samples())) == 9
+    assert len(list(samples())) == 11
 
 
 @pytest.mark.parametrize("kind", reference.KINDS)
