@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..kernels import ahead, providers
+from ..kernels import ahead, layout, providers
 from ..kernels.gain import Layer, gain, matmuls
 from ..passes.find import Linear, find_linears
 from ..passes.graph import copy_of
@@ -263,6 +263,7 @@ class SparseGraph:
             _name_sources(gm)
             examples = variant.examples(known, static=inner.inner != "eager")
             variant.compiled = _compile_inner(gm, [*args, *examples], inner, self.mode)
+            variant.pack(known)
             return variant
         except (BackendError, RestartAnalysis):  # the latter is how a compiler asks Dynamo to trace again
             raise
@@ -333,14 +334,29 @@ class Variant:
             seeds = no_seeds(len(members), device)
         return self.compiled(*args, seeds, *operands)
 
+    def pack(self, known: list[SparseWeight]) -> list[Tensor]:
+        """The operands of these weights, packed where they are not."""
+        return self._operands(self._members(known))
+
     def examples(self, known: list[SparseWeight], static: bool) -> list[Any]:
-        """Operands to compile with; fake ones of static shape where Dynamo traces and a compiler looks at shapes."""
-        operands = self._operands(self._members(known))
-        examples = [seeds_on([0] * len(self.groups), operands[0].device), *operands]
+        """Operands to compile with; fake ones of static shape where Dynamo traces and a compiler looks at shapes.
+
+        Those of a training step are not packed for it: that takes kernels, which other processes may still be
+        compiling (`ahead`) while this one runs the compiler behind.
+        """
         context = TracingContext.try_get()
-        if not static or context is None or context.fake_mode is None:
+        fake = None if not static or context is None else context.fake_mode
+        if fake is not None and not self.forward_only and not any(weight.soft or weight.pruned for weight in known):
+            device, members = known[0].param.device, self._members(known)
+            with fake:
+                examples: list[Any] = [torch.empty(len(members), dtype=torch.int64, device=device)]
+                for (group, _), together in zip(self.groups, members, strict=True):
+                    size = sum(layout.numel(w.shape[0], w.shape[1], group.dtype) for w in together)
+                    examples += [torch.empty(size, dtype=group.dtype, device=device) for _ in range(2)]
             return examples
-        return [context.fake_mode.from_tensor(t, static_shapes=True) for t in examples]
+        operands = self.pack(known)
+        examples = [seeds_on([0] * len(self.groups), operands[0].device), *operands]
+        return examples if fake is None else [fake.from_tensor(t, static_shapes=True) for t in examples]
 
 
 def _active(known: list[SparseWeight]) -> int:

@@ -1,12 +1,14 @@
 """Compiling Triton kernels before they are needed, in processes of their own, while matmuls are being measured.
 
-Triton's compiler holds Python's lock, so threads would take turns. The processes compile what the ops would, on tensors
-without data, into Triton's cache, where the launches of this process then find it. They use no GPU and no memory of
-one. Where anything fails, the launches compile for themselves, as they would have.
+Triton's compiler holds Python's lock, so threads would take turns. What the ops would launch is noted here, on tensors
+without data, and compiled by the processes into Triton's cache, where the launches of this process then find it. They
+use no GPU and no memory of one, and do without torch: importing it takes longer than compiling most of the kernels.
+Where anything fails, the launches compile for themselves, as they would have.
 """
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -16,7 +18,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -28,12 +32,22 @@ from .reference import GATED
 
 log = logging.getLogger("sparse24")
 
-#: An op of `triton_ops` and what `_run` makes its arguments of.
+#: An op of `triton_ops` and what `_launches` makes its arguments of.
 Call = tuple[str | bool | None, ...]
 _SLOWEST_S = 60.0  # after which what still runs is given up
-#: Without what `sparse24/__init__` imports, the compiler above all: a process is ready in half the time.
+#: Seconds that a call takes to compile, about.
+_COSTS = {"glu_backward_pack": 2.4, "glu_backward": 1.4, "pack_gradient": 1.1, "glu": 0.9, "masked_decay_": 0.9}
+#: Without what `sparse24/__init__` imports, and with a torch of which any name is there and nothing does anything: that
+#: is all that the modules of the kernels need of it to be imported. A process is ready in a sixth of the time.
 _PROGRAM = """
 import sys, types
+class Nothing(type):
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+for name in ("torch", "torch.nn", "torch.nn.functional"):
+    sys.modules[name] = Nothing("torch", (), {})
 parent = sys.modules["sparse24"] = types.ModuleType("sparse24")
 parent.__path__ = [sys.argv[1]]
 from sparse24.kernels.ahead import main
@@ -99,23 +113,28 @@ def _start(calls: Iterable[Call], arch: int, order: str) -> None:
             begun = {mark for work in _pending for mark in work.marks}
             marks = {call: _mark(json.dumps([arch, order, call])) for call in sorted(set(calls), key=str)}
             missing = [call for call, mark in marks.items() if mark not in begun and not mark.exists()]
-            for group in _groups(missing):
+            for group in _groups(missing, cores - 2):  # one for this process, one for the compiler behind
+                launches = [launch for call in group for launch in _launches(call, order)]
                 command = [sys.executable, "-c", _PROGRAM, str(Path(__file__).parents[1])]
                 said = tempfile.TemporaryFile()  # noqa: SIM115  # of the process, until it is waited for
                 process = subprocess.Popen(
-                    [*command, json.dumps([arch, order, group])], stdout=subprocess.DEVNULL, stderr=said
+                    [*command, json.dumps([arch, launches])], stdout=subprocess.DEVNULL, stderr=said
                 )
                 _pending.append(_Work(process, said, [marks[call] for call in group]))
-    except OSError as error:
+    except Exception as error:  # whatever it is, the launches will say it where it matters
         log.info("sparse24: compiles its kernels when they are needed: %s", error)
 
 
-def _groups(calls: list[Call]) -> list[list[Call]]:
-    """Parts that take about as long: the search of masks takes half of all."""
-    searches = [call for call in calls if call[0] == "pack_weights_" and call[-1]]
-    weights = [call for call in calls if call[0] in ("pack_weights_", "masked_decay_") and call not in searches]
-    tokens = [call for call in calls if call not in searches and call not in weights]
-    return [group for group in (searches, weights, tokens) if group]
+def _groups(calls: list[Call], processes: int) -> list[list[Call]]:
+    """The calls of each process: one each where there are enough, else such that they end at about the same time."""
+    groups: list[list[Call]] = [[] for _ in range(processes)]
+    for call in sorted(calls, key=_cost, reverse=True):
+        min(groups, key=lambda group: sum(map(_cost, group))).append(call)
+    return [group for group in groups if group]
+
+
+def _cost(call: Call) -> float:
+    return (3.1 if call[-1] else 1.5) if call[0] == "pack_weights_" else _COSTS[str(call[0])]
 
 
 def _mark(said: str) -> Path:
@@ -161,6 +180,66 @@ def _collect() -> None:
             log.info("sparse24: could not note what was compiled: %s", error)
 
 
+# ------------------------------------------------------------------------------------------------- what is to compile
+
+
+@lru_cache
+def _copy_of(module: str) -> ModuleType:
+    """A module of ops of its own: its `launch` can be another while other threads launch."""
+    spec = importlib.util.find_spec(f"{__package__}.{module}")
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def _launches(call: Call, order: str) -> list[Any]:
+    """What an op launches, as `main` takes it: module and name of each kernel, arguments, constants and options."""
+    found = []
+
+    def note(kernel: Any, grid: Any, device: torch.device, *args: Any, **constants: Any) -> None:
+        if "ORDER" in constants:
+            constants["ORDER"] = order
+        spelled = [{"pointer": str(x.dtype).removeprefix("torch.")} if isinstance(x, Tensor) else x for x in args]
+        typed = {key: x if isinstance(x, str | int) else {"type": x.name} for key, x in constants.items()}
+        found.append([kernel.fn.__module__, kernel.fn.__name__, spelled, typed])
+
+    ops: Any = _copy_of("triton_pack" if call[0] in ("pack_weights_", "masked_decay_") else "triton_glu")
+    ops.launch = note
+    _run(ops, *call)
+    return found
+
+
+def _run(ops: Any, name: Any, *rest: Any) -> None:
+    """Call an op on tensors without data."""
+    n = 2 * layout.TILE
+    seeds = torch.empty(1, dtype=torch.int64, device="meta")
+
+    def empty(dtype: str, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    if name in ("pack_weights_", "masked_decay_"):
+        master, dtype, *search = rest
+        w, packed = empty(master, n, n), empty(dtype, layout.numel(n, n, getattr(torch, dtype)))
+        blocks = [Block(w, packed, packed, 0, 0, n, n)]
+        if search:
+            ops.pack_weights_(blocks, *search)
+        else:
+            ops.masked_decay_([w], blocks, 0.5)
+        return
+    dtype, kind, bias_of = rest
+    z, bias = empty(dtype, n, 2 * n), None if bias_of is None else empty(bias_of, 2 * n)
+    dh = empty(dtype, n, n if kind in GATED else 2 * n)
+    if name == "pack_gradient":
+        ops.pack_gradient(z, seeds, 0)
+    elif name == "glu":
+        ops.glu(z, bias, kind)
+    elif name == "glu_backward":
+        ops.glu_backward(dh, z, bias, kind)
+    else:
+        ops.glu_backward_pack(dh, z, bias, kind, seeds, 0)
+
+
 # ------------------------------------------------------------------------------------------------- the other processes
 
 
@@ -183,46 +262,21 @@ class _Target:
 
 
 def main(said: str) -> None:
-    """Compile the calls of one process."""
-    arch, order, calls = json.loads(said)
+    """Compile the launches of one process."""
+    import triton.language as tl
     from triton.runtime import driver
+    from triton.runtime.jit import MockTensor
 
     from . import triton_launch
 
+    def read(known: dict[str, Any]) -> Any:
+        if "pointer" in known:
+            return MockTensor(known["pointer"])
+        return tl.dtype(known["type"]) if "type" in known else known
+
+    arch, launches = json.loads(said, object_hook=read)
     driver.set_active(_Target(arch))
-    layout.metadata_order = lambda device: order
-    triton_launch.compile_only = True
-    for name, *args in calls:
-        _run(name, *args)
-
-
-def _run(name: str, *rest: Any) -> None:
-    """Launch an op on tensors without data."""
-    from . import triton_ops
-
-    n = 2 * layout.TILE
-    seeds = torch.empty(1, dtype=torch.int64, device="meta")
-
-    def empty(dtype: str, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-
-    if name in ("pack_weights_", "masked_decay_"):
-        master, dtype, *search = rest
-        w, packed = empty(master, n, n), empty(dtype, layout.numel(n, n, getattr(torch, dtype)))
-        blocks = [Block(w, packed, packed, 0, 0, n, n)]
-        if search:
-            triton_ops.pack_weights_(blocks, *search)
-        else:
-            triton_ops.masked_decay_([w], blocks, 0.5)
-        return
-    dtype, kind, bias_of = rest
-    z, bias = empty(dtype, n, 2 * n), None if bias_of is None else empty(bias_of, 2 * n)
-    dh = empty(dtype, n, n if kind in GATED else 2 * n)
-    if name == "pack_gradient":
-        triton_ops.pack_gradient(z, seeds, 0)
-    elif name == "glu":
-        triton_ops.glu(z, bias, kind)
-    elif name == "glu_backward":
-        triton_ops.glu_backward(dh, z, bias, kind)
-    else:
-        triton_ops.glu_backward_pack(dh, z, bias, kind, seeds, 0)
+    for module, name, args, constants in launches:
+        kernel = getattr(importlib.import_module(module), name)
+        triton_launch._hash_callees_first(module)
+        kernel.warmup(*args, grid=(1,), **constants, enable_fp_fusion=False)

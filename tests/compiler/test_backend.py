@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 import sparse24
-from sparse24.compiler import backend
+from sparse24.compiler import backend, weights
 
 from .models import MLP, Stack, SwiGLU, compiled, relative, sparse_names, train
 
@@ -253,3 +254,34 @@ def test_the_dense_end_is_compiled_from_inductors_cache(tmp_path, monkeypatch) -
         run(x).sum().backward()
         assert counters["inductor"]["fxgraph_cache_bypass"] == 0
         assert counters["inductor"]["fxgraph_cache_hit"] == hits
+
+
+def test_the_compiler_behind_runs_before_weights_are_packed_and_sees_operands_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, real, seen = Stack(MLP(), SwiGLU()).bfloat16(), backend._compile_inner, []
+
+    def noting(gm: torch.fx.GraphModule, inputs: list, *args: object) -> object:
+        known = [weights.get(p) for p in model.parameters()]
+        assert not any(weight.operands for weight in known if weight is not None)
+        seen.append(inputs)
+        return real(gm, inputs, *args)
+
+    def running(variant: backend.Variant, args: list, known: list) -> object:
+        operands = variant.pack(known)
+        examples = seen[-1][len(args) + 1 :]
+        assert len(examples) == len(operands) > 0
+        for example, operand in zip(examples, operands, strict=True):
+            assert isinstance(example, FakeTensor) and not isinstance(operand, FakeTensor)
+            for of in ("shape", "dtype", "device", "requires_grad"):
+                assert getattr(example, of) == getattr(operand, of)
+            assert example.stride() == operand.stride()
+        return call(variant, args, known)
+
+    call = backend.Variant.__call__
+    monkeypatch.setattr(backend, "_compile_inner", noting)
+    monkeypatch.setattr(backend.Variant, "__call__", running)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="sparse24", options={"inner": "aot_eager"})
+    run(torch.randn(3, 64).bfloat16()).float().square().mean().backward()
+    assert len(seen) == 1

@@ -65,7 +65,7 @@ def test_launches_find_what_was_compiled_ahead(cache):
     different = 13  # three of fp32 masters, three of bf16 ones, three of each activation, a gradient alone
     ahead._start(calls, 90, "sm_90")
     ahead._start(calls, 90, "sm_90")
-    assert len(ahead._pending) == 3  # what has begun is not begun again
+    assert len(ahead._pending) == 6  # two of eight cores are left; what has begun is not begun again
     ahead.wait()
     compiled = entries(cache)
     assert len(compiled) == len(set(calls)) == different and len(list(cache.glob("sparse24-*"))) == different
@@ -79,10 +79,18 @@ def test_launches_find_what_was_compiled_ahead(cache):
     assert len(entries(cache)) == different + 1
 
 
-def test_a_process_that_fails_leaves_no_mark_and_is_told_of(cache, caplog):
+def test_a_process_that_fails_leaves_no_mark_and_is_told_of(cache, caplog, monkeypatch):
+    caplog.set_level("INFO", "sparse24")
+    monkeypatch.setattr(ahead, "_launches", lambda call, order: [["sparse24.kernels.triton_glu", "no_kernel", [], {}]])
+    ahead._start([("glu", "bfloat16", "swiglu", None)], 90, "sm_90")
+    ahead.wait()
+    assert "compiles its kernels when they are needed" in caplog.text and "no_kernel" in caplog.text
+    assert not list(cache.glob("sparse24-*")) and not ahead._pending
+
+
+def test_a_call_that_cannot_be_noted_is_told_of(cache, caplog):
     caplog.set_level("INFO", "sparse24")
     ahead._start([("glu", "no_dtype", "swiglu", None)], 90, "sm_90")
-    ahead.wait()
     assert "compiles its kernels when they are needed" in caplog.text and "no_dtype" in caplog.text
     assert not list(cache.glob("sparse24-*")) and not ahead._pending
 
@@ -94,7 +102,18 @@ def test_a_process_that_takes_too_long_is_ended(cache, caplog, monkeypatch):
     processes = [work.process for work in ahead._pending]
     ahead.wait()
     assert "took too long" in caplog.text and not ahead._pending
-    assert len(processes) == 3 and all(process.returncode for process in processes)
+    assert len(processes) == 4 and all(process.returncode for process in processes)
+
+
+def test_calls_are_spread_over_the_processes_there_are():
+    calls = sorted(set(ahead.calls_of(*SWIGLU)), key=str)
+    assert sorted(map(len, ahead._groups(calls, 14))) == [1] * len(calls)
+    search = ("pack_weights_", "float32", "bfloat16", True)
+    two = ahead._groups(calls, 2)
+    assert sorted(sum(two, []), key=str) == calls
+    costs = [sum(map(ahead._cost, group)) for group in two]
+    assert max(costs) - min(costs) < 1.0 and any(group[0] == search for group in two)
+    assert ahead._groups([], 2) == []
 
 
 def test_nothing_is_compiled_ahead_where_it_would_not_help(cache, monkeypatch):

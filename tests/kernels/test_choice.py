@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from sparse24.kernels import choice
+from sparse24.kernels import choice, layout
+from sparse24.kernels.providers import Problem
 
 HEADER = {"gpu": "one"}
 
@@ -37,3 +39,34 @@ def test_a_damaged_or_foreign_file_is_ignored_and_replaced(tmp_path, caplog, tex
     store.add("b", choice.Choice("cusparselt", 1))
     caplog.clear()
     assert choice._Store(path, HEADER).choices.keys() == {"b"} and not caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("direction", "rows", "inner"), [("spmm", 1152, 192), ("wgrad", 128, 320)])
+def test_data_is_a_packed_matrix_and_the_dense_product_of_its_numbers(order, direction, rows, inner, dtype):
+    problem = Problem(direction, rows, inner, 64, dtype, torch.device("cpu"))
+    packed, x, dense = choice._data(problem)
+    a = layout.unpack(packed, rows, inner, order)
+    mask = layout.read_mask(packed, rows, inner, order)
+    assert torch.equal(layout.pack(a, mask, order), packed)
+    assert torch.equal(dense(), x @ a.t() if direction == "spmm" else a @ x)
+    pairs = layout.nibbles_from_mask(mask).unique(return_counts=True)
+    assert pairs[0].tolist() == sorted(layout.NIBBLES)
+    assert (pairs[1] / mask.numel() * 24 - 1).abs().max() < 0.1  # each as often
+    assert abs(a[mask].float().std() - 1) < 0.05 and abs(x.float().std() - 1) < 0.05
+    assert all(torch.equal(one, other) for one, other in zip((packed, x), choice._data(problem), strict=False))
+
+
+@pytest.mark.parametrize(("wrong_at", "checked"), [(None, 3), (0, 1), (1, 2), (2, 3)])
+def test_a_candidate_is_checked_three_times(monkeypatch, wrong_at, checked):
+    monkeypatch.setattr(choice, "time_ms", lambda run, repeats: 1.0)
+    runs = []
+
+    def run():
+        runs.append(None)
+        return torch.full((4,), 1.1 if len(runs) - 1 == wrong_at else 1.0)
+
+    assert choice._try(run, "it", torch.ones(4), 2.0) == (1.0 if wrong_at is None else None)
+    assert len(runs) == checked
+    assert choice._try(lambda: torch.full((4,), float("nan")), "it", torch.ones(4), 2.0) is None
+    assert choice._try(lambda: torch.ones(4), "it", torch.ones(4), 0.5) is None  # much slower than the best
