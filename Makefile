@@ -5,7 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-RESULTS ?= benchmarks/results/h200
+# Results of each GPU have a folder of their own, named by the model: h200 of "NVIDIA H200".
+GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader | awk 'NR == 1 {print tolower($$2)}')
+RESULTS ?= benchmarks/results/$(or $(GPU),$(error no GPU found: set RESULTS to the folder of the results))
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -1,7 +1,8 @@
 """The tables of the README and of docs/, and a picture, from the saved results.
 
 A table stands between `<!-- made by benchmarks/tables.py: NAME -->` and `<!-- end -->`, NAME one of TABLES; without a
-name it is that of step.py. What has no saved result says so.
+name it is that of step.py. Each GPU has a folder of results, and each folder that holds a result gets a table of its
+own, the newest first, so that no row stands under another GPU's name. What has no saved result says so.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ NAMES = {
     "bert-base": "BERT-base, 12 layers, 64 x 512 tokens",
 }
 LAYERS = {"ffn": "feed-forward", "all": "and attention"}
-
+STEPS = "step*.json"  # step.py may be run for a few models at a time
 
 # What the kernels of a profile are, by a part of their names.
 KINDS = {
@@ -43,18 +44,29 @@ OTHER, ALL = "the rest", "all kernels"
 Row = dict[str, Any]
 
 
-def rows_of(folder: Path) -> tuple[list[Row], Row]:
-    """The rows of every step_*.json, in the order of NAMES, and where they were taken.
+def saved_in(results: Path, name: str) -> dict[Path, list[Row]]:
+    """What each folder of `results` holds in the files `name` (a pattern), the folder with the newest date first.
+
+    Raises SystemExit where they are of several GPUs: one table is made of them.
+    """
+    found: dict[Path, list[Row]] = {}
+    for path in sorted(results.glob(f"*/{name}")):
+        found.setdefault(path.parent, []).append(json.loads(path.read_text()))
+    for folder, files in found.items():
+        if len(gpus := {file["environment"]["gpu"] for file in files}) > 1:
+            raise SystemExit(f"{name} in {folder} are of {' and '.join(sorted(gpus))}: each needs a folder of its own")
+    newest = {folder: max(file["environment"]["date"] for file in files) for folder, files in found.items()}
+    return {folder: found[folder] for folder in sorted(found, key=lambda folder: newest[folder], reverse=True)}
+
+
+def rows_of(files: Iterable[Row]) -> list[Row]:
+    """The rows of a folder's step*.json in the order of NAMES, each with the "environment" that it was taken in.
 
     Of the same model and layers the row of the last file by name counts, so a part of a run can be taken again.
     """
-    files = [json.loads(path.read_text()) for path in sorted(folder.glob("step*.json"))]
-    if not files:
-        raise SystemExit(f"found no step*.json in {folder}: run benchmarks/step.py first")
-    rows = {(row["model"], row["layers"]): row for file in files for row in file["rows"]}.values()
-    return sorted(rows, key=lambda row: (list(NAMES).index(row["model"]), row["layers"] == "all")), files[0][
-        "environment"
-    ]
+    rows = [{**row, "environment": file["environment"]} for file in files for row in file["rows"]]
+    last = {(row["model"], row["layers"]): row for row in rows}.values()
+    return sorted(last, key=lambda row: (list(NAMES).index(row["model"]), row["layers"] == "all"))
 
 
 def markdown(header: str, rows: list[list[str]]) -> str:
@@ -63,10 +75,14 @@ def markdown(header: str, rows: list[list[str]]) -> str:
     return "".join(f"{line}\n" for line in lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def where(environment: Row) -> str:
-    versions = [environment["gpu"], f"torch {environment['torch']}", f"triton {environment['triton']}"]
-    versions += [f"cuSPARSELt {environment['cusparselt']}"] if environment["cusparselt"] else []
-    return f"\n{', '.join(versions)}, {environment['date']}.\n"
+def where(*environments: Row) -> str:
+    """GPU, versions and dates of a table's rows: a line for each set of versions."""
+    dates: dict[str, set[str]] = {}
+    for environment in environments:
+        versions = [environment["gpu"], f"torch {environment['torch']}", f"triton {environment['triton']}"]
+        versions += [f"cuSPARSELt {environment['cusparselt']}"] if environment["cusparselt"] else []
+        dates.setdefault(", ".join(versions), set()).add(environment["date"])
+    return "".join(f"\n{versions}, {' and '.join(sorted(found))}.\n" for versions, found in dates.items())
 
 
 def made_by(environment: Row) -> str:
@@ -77,20 +93,25 @@ def labels(row: Row) -> list[str]:
     return [NAMES[row["model"]], LAYERS[row["layers"]]]
 
 
-def steps(folder: Path) -> str:
-    rows, environment = rows_of(folder)
+def of_steps(header: str, cells: list[list[str]], rows: list[Row]) -> str:
+    """The table of a folder's step*.json and where its `rows` were taken; nothing where it has none."""
+    return markdown(header, cells) + where(*(row["environment"] for row in rows)) if rows else ""
+
+
+def steps(*files: Row) -> str:
+    rows = rows_of(files)
     header = "model | sparse layers | weights | dense | sparse24 | speed-up | steady micro-step"
     cells = []
     for row in rows:
         times = [f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms"]
         cells.append([*labels(row), str(row["sparse_weights"]), *times, f"{row['ratio']:.2f}"])
         cells[-1].append(f"{row['micro_ratio']:.2f}")
-    return markdown(header, cells) + where(environment)
+    return of_steps(header, cells, rows)
 
 
-def first_steps(folder: Path) -> str:
+def first_steps(*files: Row) -> str:
     """Memory and the first step, whose time is mostly compilation."""
-    rows, environment = rows_of(folder)
+    rows = rows_of(files)
     header = "model | sparse layers | masters | packed | peak above, dense | peak above, sparse24"
     header += " | first step, dense | first step, sparse24"
     cells = []
@@ -100,19 +121,18 @@ def first_steps(folder: Path) -> str:
         sizes = [held["masters"], held["packed"] + held["packed_t"], peak["dense"], peak["sparse"]]
         times = [f"{first['dense']:.1f} s", f"{first['sparse']:.1f} s"]
         cells.append([*labels(row), *(f"{size:.2f} GiB" for size in sizes), *times])
-    return markdown(header, cells) + where(environment)
+    return of_steps(header, cells, rows)
 
 
-def profile(folder: Path) -> str:
+def profile(*files: Row) -> str:
     """ms of a step by kind of kernel, dense > sparse24, where step.py took a profile."""
-    rows, environment = rows_of(folder)
+    rows = [row for row in rows_of(files) if "profile_sparse" in row]
     kinds = [*KINDS, OTHER, ALL]
     cells = []
     for row in rows:
-        if "profile_sparse" in row:
-            dense, sparse = (_by_kind(row[f"profile_{way}"]) for way in ("dense", "sparse"))
-            cells.append([*labels(row), *(f"{dense[kind]:.1f} > {sparse[kind]:.1f}" for kind in kinds)])
-    return markdown(" | ".join(["model", "sparse layers", *kinds]), cells) + where(environment)
+        dense, sparse = (_by_kind(row[f"profile_{way}"]) for way in ("dense", "sparse"))
+        cells.append([*labels(row), *(f"{dense[kind]:.1f} > {sparse[kind]:.1f}" for kind in kinds)])
+    return of_steps(" | ".join(["model", "sparse layers", *kinds]), cells, rows)
 
 
 def _by_kind(kernels: dict[str, float]) -> dict[str, float]:
@@ -125,10 +145,10 @@ def _by_kind(kernels: dict[str, float]) -> dict[str, float]:
     return kinds
 
 
-def loss(folder: Path) -> str:
+def loss(results: Path) -> str:
     """The held-out loss of each saved run of examples/train_gpt.py."""
     cells = []
-    for path in sorted(folder.parent.glob("*/train_gpt/report.json")):
+    for path in sorted(results.glob("*/train_gpt/report.json")):
         saved = json.loads(path.read_text())
         machine, settings = saved["machine"], saved["settings"]
         sparse, dense = (saved["runs"][name]["held_out"] for name in ("sparse24", "dense"))
@@ -252,22 +272,21 @@ def families(saved: Row) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
-def _of(script: str, table: Callable[[Row], str]) -> Callable[[Path], str]:
-    """The table of what benchmarks/`script`.py saved in a folder."""
+def _of(script: str, table: Callable[..., str], name: str = "", options: str = "") -> Callable[[Path], str]:
+    """The tables of what benchmarks/`script`.py, run with `options`, saved in each folder in the files `name`."""
 
-    def made(folder: Path) -> str:
-        path = folder / f"{script}.json"
-        if path.exists():
-            return table(json.loads(path.read_text()))
-        return f"No saved results yet: `python benchmarks/{script}.py` on a GPU writes them.\n"
+    def made(results: Path) -> str:
+        tables = [table(*files) for files in saved_in(results, name or f"{script}.json").values()]
+        none = f"No saved results yet: `python benchmarks/{script}.py{options}` on a GPU writes them.\n"
+        return "\n".join(filter(None, tables)) or none
 
     return made
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "steps": steps,
-    "first_steps": first_steps,
-    "profile": profile,
+    "steps": _of("step", steps, STEPS),
+    "first_steps": _of("step", first_steps, STEPS),
+    "profile": _of("step", profile, STEPS, " --profile"),
     "loss": loss,
     "kernels": _of("pack", kernels),
     "matmuls": _of("gemm", matmuls),
@@ -280,9 +299,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
 }
 
 
-def filled(text: str, folder: Path) -> str:
+def filled(text: str, results: Path) -> str:
     """A page's text with its tables made anew."""
-    return BLOCK.sub(lambda found: found[1] + TABLES[found[2] or "steps"](folder) + found[3], text)
+    return BLOCK.sub(lambda found: found[1] + TABLES[found[2] or "steps"](results) + found[3], text)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -307,12 +326,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--results", type=Path, default=RESULTS / "h200", help="folder of the results")
+    p.add_argument("--results", type=Path, default=RESULTS, help="folder that holds a folder of results for each GPU")
     p.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="files whose tables are replaced")
     args = p.parse_args()
+    measured = saved_in(args.results, STEPS)
+    if not measured:
+        raise SystemExit(f"found no {STEPS} in the folders of {args.results}: run benchmarks/step.py first")
     for page in args.pages:
         page.write_text(filled(page.read_text(), args.results))
-    draw(rows_of(args.results)[0], args.results / "steps.svg")
+    for folder, files in measured.items():
+        draw(rows_of(files), folder / "steps.svg")
 
 
 if __name__ == "__main__":

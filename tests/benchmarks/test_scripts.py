@@ -34,40 +34,96 @@ def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path):
         stale = re.sub(r"(?m)^\|.*\d.*\|\n", "", (ROOT / name).read_text())
         assert "made by benchmarks/tables.py" in stale, name
         copies[-1].write_text(stale)
-    run("tables.py", "--results", tmp_path / "results" / "h200", "--pages", *copies)
+    run("tables.py", "--results", tmp_path / "results", "--pages", *copies)
     for name, copy in zip(PAGES, copies, strict=True):
         made = [block.group() for block in tables.BLOCK.finditer(copy.read_text())]
         assert made == [block.group() for block in tables.BLOCK.finditer((ROOT / name).read_text())], name
     assert "<svg" in (tmp_path / "results" / "h200" / "steps.svg").read_text()
 
 
+def environment(gpu="GPU", date="today", torch="2"):
+    return {"gpu": gpu, "torch": torch, "triton": "3", "cusparselt": "", "date": date, "command": "python x"}
+
+
+def put(path, **saved):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(saved))
+
+
+def step(model, ratio, **more):
+    times = {"dense_ms": 3.0, "sparse_ms": 2.0, "ratio": ratio, "micro_ratio": ratio}
+    return {"model": model, "layers": "ffn", "sparse_weights": 4, **times, **more}
+
+
+def test_each_gpu_has_tables_of_its_own_the_newest_first(tmp_path):
+    row = {"kernel": "glu", "of": "tokens", "gb_per_s": 3e3, "of_a_copy": 0.75}
+    for gpu, date, ms in (("old", "2026-11-24", 2.0), ("new", "2026-11-28", 1.0)):
+        put(tmp_path / gpu / "pack.json", environment=environment(gpu, date), shape={}, rows=[row | {"ms": ms}])
+    (tmp_path / "cpu").mkdir()
+    text = tables.TABLES["kernels"](tmp_path)
+    order = ["1.0000", "new, torch 2, triton 3, 2026-11-28.", "2.0000", "old, torch 2, triton 3, 2026-11-24."]
+    assert re.findall("|".join(map(re.escape, order)), text) == order and text.count("| kernel |") == 2
+    (tmp_path / "new" / "pack.json").unlink()
+    text = tables.TABLES["kernels"](tmp_path)
+    assert "2.0000" in text and "old, torch" in text and "new" not in text and text.count("| kernel |") == 1
+
+
+def test_steps_name_each_date_and_version_of_their_rows(tmp_path):
+    kernels = {"profile_dense": {tables.ALL: 3.0}, "profile_sparse": {tables.ALL: 2.0}}
+    put(tmp_path / "a" / "step_1.json", environment=environment("A", "1"), rows=[step("gpt2-small", 1.5, **kernels)])
+    put(tmp_path / "a" / "step_2.json", environment=environment("A", "2"), rows=[step("vit-l", 1.1)])
+    put(tmp_path / "b" / "step.json", environment=environment("B", "3"), rows=[step("vit-l", 1.2)])
+    one, two = tables.TABLES["steps"](tmp_path).split("B, torch 2, triton 3, 3.")
+    assert "| 1.20 |" in one and "| 1.10 |" in two and "| 1.50 |" in two
+    assert "A, torch 2, triton 3, 1 and 2." in two
+    text = tables.TABLES["profile"](tmp_path)  # only one row has one
+    assert text.count("triton") == 1 and "A, torch 2, triton 3, 1.\n" in text
+    put(tmp_path / "a" / "step_2.json", environment=environment("A", "2", "9"), rows=[step("vit-l", 1.1)])
+    text = tables.TABLES["steps"](tmp_path)
+    assert "A, torch 2, triton 3, 1.\n" in text and "A, torch 9, triton 3, 2.\n" in text
+    put(tmp_path / "a" / "step_1.json", environment=environment("A", "1"), rows=[step("vit-l", 1.5)])
+    assert "torch 2, triton 3, 1." not in tables.TABLES["steps"](tmp_path)  # its only row was taken again
+    put(tmp_path / "a" / "step_2.json", environment=environment("B", "2"), rows=[])
+    with pytest.raises(SystemExit, match="are of A and B: each needs a folder of its own"):
+        tables.TABLES["steps"](tmp_path)
+
+
+def test_each_folder_of_steps_has_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "No saved results yet" in tables.TABLES["steps"](tmp_path)
+    with pytest.raises(AssertionError, match=r"found no step\*\.json in the folders of"):
+        run("tables.py", "--results", tmp_path, "--pages", tmp_path / "page.md")
+    for gpu in "ab":
+        put(tmp_path / gpu / "step.json", environment=environment(gpu), rows=[step("vit-l", 1.1)])
+    (tmp_path / "page.md").write_text("<!-- made by benchmarks/tables.py -->\n<!-- end -->\n")
+    run("tables.py", "--results", tmp_path, "--pages", tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text().count("| ViT-L") == 2
+    assert all("<svg" in (tmp_path / gpu / "steps.svg").read_text() for gpu in "ab")
+
+
 def test_tables_of_kernels_and_matmuls_hold_every_row(tmp_path):
-    environment = {"gpu": "GPU", "torch": "2", "triton": "3", "cusparselt": "", "date": "today", "command": "python x"}
     for name in ("kernels", "matmuls"):
         assert "No saved results yet" in tables.TABLES[name](tmp_path)
     row = {"kernel": "glu", "of": "torch.float32", "ms": 0.5, "gb_per_s": 3e3, "of_a_copy": 0.75}
-    saved = {"environment": environment, "shape": {"rows": 64, "out": "file"}, "rows": [row]}
-    (tmp_path / "pack.json").write_text(json.dumps(saved))
+    put(tmp_path / "gpu" / "pack.json", environment=environment(), shape={"rows": 64, "out": "file"}, rows=[row])
     text = tables.TABLES["kernels"](tmp_path)
     assert "| glu | float32 | 0.5000 | 3000 | 0.75 |" in text and "rows 64." in text and "python x" in text
-    run("gemm.py", "--tiny", "--out", tmp_path / "gemm.json")
-    rows = json.loads((tmp_path / "gemm.json").read_text())["rows"]
+    run("gemm.py", "--tiny", "--out", tmp_path / "gpu" / "gemm.json")
+    rows = json.loads((tmp_path / "gpu" / "gemm.json").read_text())["rows"]
     text = tables.TABLES["matmuls"](tmp_path)
     assert all(f"| {row['matmul']} | {row['with']}" in text and f"{row['ms']['p50']:.4f}" in text for row in rows)
 
 
 def test_the_table_of_families_leaves_out_what_failed(tmp_path):
     assert "No saved results yet" in tables.TABLES["families"](tmp_path)
-    environment = {"gpu": "GPU", "torch": "2", "triton": "3", "cusparselt": "", "date": "today", "command": "python x"}
     row = {"model": "gpt2", "parameters": 2e6, "sparse_weights": 4, "dense_ms": 3.0, "sparse_ms": 2.0, "ratio": 1.5}
     rows = [row | {"relative_loss_difference": 2e-4}, {"model": "bert", "error": "out of memory"}]
-    (tmp_path / "models.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+    put(tmp_path / "gpu" / "models.json", environment=environment(), rows=rows)
     text = tables.TABLES["families"](tmp_path)
     assert "| gpt2 | 2M | 4 | 3.0 ms | 2.0 ms | 1.50 | 2e-04 |" in text and "bert" not in text
 
 
 def test_the_tables_of_gluon_tell_wrong_variants_and_the_fastest(tmp_path):
-    environment = {"gpu": "GPU", "torch": "2", "triton": "3", "cusparselt": "0", "date": "today", "command": "python x"}
     times = {
         ("forward", 4096): {"dense": 3.0, "cusparselt": 2.0, "slow": 2.5, "fast": 1.6},
         ("wgrad", 4096): {"dense": 3.0, "cusparselt": 2.0, "fast": 2.0},
@@ -80,8 +136,7 @@ def test_the_tables_of_gluon_tell_wrong_variants_and_the_fastest(tmp_path):
         for name, ms in found.items()
     ]
     checks = {"slow": {"right": True}, "fast": {"right": True}, "bad": {"right": False}}
-    saved = {"environment": environment, "checks": checks, "rows": rows}
-    (tmp_path / "gluon.json").write_text(json.dumps(saved))
+    put(tmp_path / "gpu" / "gluon.json", environment=environment(), checks=checks, rows=rows)
     text = tables.TABLES["gluon"](tmp_path)
     assert "| `slow` | yes | 0.80 |  |" in text and "| `fast` | yes | 1.25 | 1.00 |" in text
     assert "| `bad` | no |  |  |" in text
@@ -89,7 +144,7 @@ def test_the_tables_of_gluon_tell_wrong_variants_and_the_fastest(tmp_path):
     assert (
         "| 1024 x 2048 | forward | 1.0000 | 0.8000 | 0.5000 | `slow` | 1.60 | 1.00 |" in text and "64 x 128" not in text
     )
-    (tmp_path / "gluon.json").write_text(json.dumps({**saved, "rows": []}))
+    put(tmp_path / "gpu" / "gluon.json", environment=environment(), checks=checks, rows=[])
     assert "| `slow` | yes |" in tables.TABLES["gluon"](tmp_path)
 
 
@@ -107,8 +162,9 @@ def test_a_profile_is_counted_whole():
     ],
 )
 def test_a_script_saves_the_time_of_each(tmp_path, script, kinds):
-    run(script, "--tiny", "--out", tmp_path / script.replace(".py", ".json"))
-    saved = json.loads((tmp_path / script.replace(".py", ".json")).read_text())
+    out = tmp_path / "gpu" / script.replace(".py", ".json")
+    run(script, "--tiny", "--out", out)
+    saved = json.loads(out.read_text())
     assert saved["environment"]["torch"] and len(saved["rows"]) > 1
     found = {row["with"] for row in saved["rows"]} if script == "gemm.py" else set(saved["rows"][0]["ms"])
     assert kinds <= found
@@ -156,10 +212,10 @@ def test_memory_and_compile_time_of_each_kind(tmp_path):
         ("compile_time.py", ["dense", "sparse", "sparse, choices kept"], "of_dense"),
     ):
         inner = ["--inner", "aot_eager"] if script == "compile_time.py" else []
-        run(script, "--models", "tiny", "--out", tmp_path / "found.json", *inner)
-        rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+        out = tmp_path / "gpu" / script.replace(".py", ".json")
+        run(script, "--models", "tiny", "--out", out, *inner)
+        rows = json.loads(out.read_text())["rows"]
         assert [row["kind"] for row in rows] == kinds and all(number in row for row in rows)
-        (tmp_path / script.replace(".py", ".json")).write_text((tmp_path / "found.json").read_text())
         lines = tables.TABLES[script.removesuffix(".py")](tmp_path).splitlines()
         assert [line.split(" | ")[1] for line in lines if line.startswith("| tiny")] == kinds
     parts = rows[1]["parts"]
