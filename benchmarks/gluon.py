@@ -346,13 +346,12 @@ def fused(problems: list[list[Any]], tokens: int, until: float) -> None:
         best = choice.measure(problem, [library])
         a, mask = two_of_four(rows, inner)
         x, packed = torch.randn(tokens, inner, device=DEVICE).bfloat16(), layout.pack(a, mask, "sm_90")
-        bias = None if kind in ops.reference.GATED else torch.zeros(rows, device=DEVICE).bfloat16()
         runs: dict[str, Callable[[], Any]] = {
-            library.name: functools.partial(apart, problem, packed, x, best.algorithm, bias, kind)
+            library.name: functools.partial(apart, problem, packed, x, best.algorithm, None, kind)
         }
         for name, variant in variants.items():
             if gluon_wgmma.can_fuse(variant, rows, kind):
-                runs[name] = functools.partial(gluon_wgmma.multiply_glu, variant, packed, x, rows, inner, bias, kind)
+                runs[name] = functools.partial(gluon_wgmma.multiply_glu, variant, packed, x, rows, inner, None, kind)
                 emit({"running": name})
                 runs[name]()
                 torch.cuda.synchronize()
@@ -477,8 +476,7 @@ def main() -> None:
 
     until = began + args.seconds - 12  # what one problem takes
     if major == 9:
-        both = (("gelu_tanh", 1), ("swiglu", 2))  # a gated layer has gate and up
-        timing_fused([[kind, k, n * f] for k, f in (*FIRST, SHAPES[0]) for kind, n in both])
+        timing_fused([["swiglu", k, 2 * f] for k, f in (*FIRST, SHAPES[0])])
     if parts:
         timing("ablations", [*(n for n in ABLATED if n in right), *parts], problems[:2])
     timing("rows", right, problems)

@@ -2,7 +2,8 @@
 
     spmm    y [outer, rows] = x [outer, inner] (W.M)^T        wgrad   y [rows, outer] = (W.M) x [inner, outer]
 
-and spmm with the activation behind it: h [outer, features] straight from the sums, beside y, which the backward reads.
+and spmm with a gated activation behind it: h [outer, rows / 2] straight from the sums, beside y, which the backward
+reads.
 
 The packed operand is read in the form that `layout` defines for sm_90, values by TMA and metadata straight into
 registers. One warp issues all TMA loads; each consumer warpgroup multiplies MB blocks of 64 rows with the BN columns of
@@ -38,7 +39,7 @@ from .reference import GATED
 from .triton_launch import launch
 
 _SLOT = 8192  # bytes: 64 x 64 entries of 16 bits
-_LEAVING_STEPS = 2.0  # 200 KB, at 64 bytes a clock, beside 1500 clocks a step
+_LEAVING_STEPS = 5.5
 _WGS = 2  # consumer warpgroups: of three, each would have too few registers for 256 columns
 SLOT, WGS = gl.constexpr(_SLOT), gl.constexpr(_WGS)
 
@@ -314,12 +315,9 @@ def activation(z, KIND: gl.constexpr):
         return z * (0.5 * gl.erf(0.7071067811865476 * z) + 0.5)
     elif KIND == "gelu_tanh":  # (1 + tanh(y)) / 2 = sigmoid(2 y)
         return z / (1.0 + gl.exp2(z * (-0.10294324 * (z * z) - 2.3022082)))
-    elif KIND == "relu":
-        return gl.where(z < 0, 0.0, z)
     else:
-        gl.static_assert(KIND == "relu2")
-        relu = gl.where(z < 0, 0.0, z)
-        return relu * relu
+        gl.static_assert(KIND == "relu")
+        return gl.where(z < 0, 0.0, z)
 
 
 @gluon.jit
@@ -445,13 +443,6 @@ def consumer(
                         if HAS_BIAS:
                             z, up = z + add, up + add_up
                         store(h, slots, (activation(z, KIND) * up).to(y.dtype), m0, n0, 3 * s + 2, NE, False)
-                    elif KIND != "":
-                        z = part.to(y.dtype)
-                        store(y, slots, z, m0, n0, 2 * (m * SB + s), NE, False)
-                        z = z.to(gl.float32)
-                        if HAS_BIAS:
-                            z += add
-                        store(h, slots, activation(z, KIND).to(y.dtype), m0, n0, 2 * (m * SB + s) + 1, NE, False)
                     else:
                         if HAS_BIAS:
                             part += add
@@ -465,8 +456,8 @@ def kernel(
     meta,  # int64, its metadata
     x,  # [outer, inner] or, TRANSPOSED, [inner, outer]
     y,  # [outer, rows] or, TRANSPOSED, [rows, outer]
-    h,  # KIND: [outer, rows], or GATED: [outer, rows / 2]
-    bias,  # [rows], added to y or, KIND, within the activation only
+    h,  # GATED: [outer, rows / 2]
+    bias,  # [rows], added to y or, GATED, within the activation only
     partials,  # fp32 [parts but the last of each tile, tile]: their sums
     counts,  # int32 [these parts, WGS], zeroed: how many warps have left theirs
     rows,
@@ -475,7 +466,7 @@ def kernel(
     whole,  # tiles that are not cut
     cuts,  # parts of each of the others
     HAS_BIAS: gl.constexpr,
-    KIND: gl.constexpr,  # of the activation, "" without one
+    KIND: gl.constexpr,  # GATED: of the activation
     GATED: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     DTYPE: gl.constexpr,
@@ -562,19 +553,21 @@ def multiply(
 def multiply_glu(
     variant: Variant, packed: Tensor, x: Tensor, rows: int, inner: int, bias: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor]:
-    """y = x [outer, inner] times the packed [rows, inner] matrix, transposed, and `ops.glu` of it.
-
-    y is [outer, rows], without the bias; h [outer, rows] or, for the gated kinds, [outer, rows / 2]. See `can_fuse`.
+    """y [outer, rows] = x [outer, inner] times the packed [rows, inner] matrix, transposed, without the bias, and
+    `ops.glu` of it, [outer, rows / 2]. See `can_fuse`.
     """
-    y = x.new_empty(x.shape[0], rows)
-    h = x.new_empty(x.shape[0], rows // 2) if kind in GATED else torch.empty_like(y)
+    y, h = x.new_empty(x.shape[0], rows), x.new_empty(x.shape[0], rows // 2)
     _launch(variant, packed, x, rows, inner, False, bias, kind, y, h)
     return y, h
 
 
 def can_fuse(variant: Variant, rows: int, kind: str) -> bool:
-    """Whether `multiply_glu` serves: a tile of a gated kind has both halves of whole 128 features."""
-    return kind not in GATED or (variant.MB == 2 and rows % 256 == 0)
+    """Whether `multiply_glu` serves: a tile has the gate and the other half of 128 features.
+
+    Other kinds were tried and gained nothing on an H100: tensor cores wait for an activation of all sums as long as a
+    kernel of its own takes (docs/kernels.md).
+    """
+    return kind in GATED and variant.MB == 2 and rows % 256 == 0
 
 
 def _launch(
@@ -632,7 +625,7 @@ def _nothing(device: torch.device) -> tuple[Tensor, Tensor]:
 def _cut(tiles: int, steps: int, processors: int) -> tuple[int, int]:
     """(tiles of the last round that are cut, parts of each), (0, 1) where that would not gain.
 
-    To leave or to add the sums of a part takes about as long as `_LEAVING_STEPS` steps.
+    To leave or to add the sums of a part takes about as long as `_LEAVING_STEPS` steps: what fits the times of an H100.
     """
     rest = tiles % processors
 

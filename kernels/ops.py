@@ -53,7 +53,7 @@ def spmm(packed: Tensor, x: Tensor, rows: int) -> Tensor:
 
 
 def spmm_glu(packed: Tensor, x: Tensor, bias: Tensor | None, rows: int, kind: str) -> tuple[Tensor, Tensor]:
-    """`spmm` and `glu` of it: both results, from one kernel where that was measured faster."""
+    """`spmm` and `glu` of it, gated or not: both results, from one kernel where that was measured faster."""
     return torch.ops.sparse24.spmm_glu(packed, x, bias, rows, kind)
 
 
