@@ -2,7 +2,7 @@
 
 A table stands between `<!-- made by benchmarks/tables.py: NAME -->` and `<!-- end -->`, NAME one of TABLES; without a
 name it is that of step.py. Each GPU has a folder of results, and each folder that holds a result gets a table of its
-own, the newest first, so that no row stands under another GPU's name. What has no saved result says so.
+own, the fullest first, so that no row stands under another GPU's name. What has no saved result says so.
 """
 
 import argparse
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def saved_in(results: Path, name: str) -> dict[Path, list[Row]]:
-    """What each folder of `results` holds in the files `name` (a pattern), the folder with the newest date first.
+    """What each folder of `results` holds in the files `name` (a pattern); first the one with most rows, then the newest.
 
     Raises SystemExit where they are of several GPUs: one table is made of them.
     """
@@ -55,8 +55,12 @@ def saved_in(results: Path, name: str) -> dict[Path, list[Row]]:
     for folder, files in found.items():
         if len(gpus := {file["environment"]["gpu"] for file in files}) > 1:
             raise SystemExit(f"{name} in {folder} are of {' and '.join(sorted(gpus))}: each needs a folder of its own")
-    newest = {folder: max(file["environment"]["date"] for file in files) for folder, files in found.items()}
-    return {folder: found[folder] for folder in sorted(found, key=lambda folder: newest[folder], reverse=True)}
+
+    def fullest(folder: Path) -> tuple[int, str]:
+        files = found[folder]
+        return sum(len(file["rows"]) for file in files), max(file["environment"]["date"] for file in files)
+
+    return {folder: found[folder] for folder in sorted(found, key=fullest, reverse=True)}
 
 
 def rows_of(files: Iterable[Row]) -> list[Row]:
@@ -222,32 +226,54 @@ def _p50(row: Row) -> float:
     return float(row["ms"]["p50"])
 
 
-def gluon(saved: Row) -> str:
-    """Each variant on the first shape, then the fastest one on all shapes, beside cuSPARSELt's best algorithm."""
+def _problems(rows: list[Row]) -> dict[tuple[int, int, str], dict[str, Row]]:
+    """The rows of each product that cuSPARSELt took part in, by who multiplied."""
     problems: dict[tuple[int, int, str], dict[str, Row]] = {}
-    for row in saved["rows"]:
-        problems.setdefault((row["k"], row["f"], row["matmul"]), {})[row["with"]] = row
-    problems = {problem: of for problem, of in problems.items() if "cusparselt" in of and len(of) > 2}
-    first = next(iter(problems), (0, 0, ""))[:2]
-    kinds = [matmul for k, f, matmul in problems if (k, f) == first]
-    variants = []
+    for row in rows:
+        problems.setdefault((row["k"], row["f"], row.get("matmul", row.get("kind"))), {})[row["with"]] = row
+    return {problem: of for problem, of in problems.items() if "cusparselt" in of and len(of) > 1}
+
+
+def gluon(saved: Row) -> str:
+    """The fastest variant on all shapes, then with the activation behind it, beside cuSPARSELt's best algorithm."""
+    cells: dict[str, list[list[str]]] = {"rows": [], "fused": []}
+    for key, found in cells.items():
+        for (k, f, kind), of in _problems(saved.get(key, [])).items():
+            best = min((name for name in of if name not in ("dense", "cusparselt")), key=lambda name: _p50(of[name]))
+            found.append([f"{k} x {f}", kind, f"{_p50(of['cusparselt']):.4f}", f"{_p50(of[best]):.4f}", f"`{best}`"])
+            found[-1].append(f"{_p50(of['cusparselt']) / _p50(of[best]):.2f}")
+            if key == "rows":
+                found[-1] += [f"{_p50(of['dense']) / _p50(of[best]):.2f}", f"{of[best]['of_peak']:.2f}"]
+    header = "in x out | matmul | cuSPARSELt, ms | fastest variant, ms | which | of cuSPARSELt's speed"
+    made = markdown(f"{header} | over dense | of the dense peak", cells["rows"])
+    if cells["fused"]:
+        header = "in x out | activation | cuSPARSELt and a second kernel, ms | one kernel, ms | which | of their speed"
+        made += "\n" + markdown(header, cells["fused"])
+    return made + made_by(saved["environment"])
+
+
+def gluon_variants(saved: Row) -> str:
+    """Each variant on the first shape, and what leaving out a part of the work saves there."""
+    problems = _problems(saved["rows"])
+    k, f, _ = next(iter(problems))
+    kinds = [matmul for *shape, matmul in problems if shape == [k, f]]
+    cells = []
     for name, check in saved["checks"].items():
-        found = [problems[(*first, kind)] for kind in kinds]
-        variants.append([f"`{name}`", "yes" if check["right"] else "no"])
-        variants[-1] += [f"{_p50(of['cusparselt']) / _p50(of[name]):.2f}" if name in of else "" for of in found]
-    fastest = []
-    for (k, f, matmul), of in problems.items():
-        best = min((name for name in of if name not in ("dense", "cusparselt")), key=lambda name: _p50(of[name]))
-        fastest.append([f"{k} x {f}", matmul, *(f"{_p50(of[name]):.4f}" for name in ("dense", "cusparselt", best))])
-        fastest[-1] += [f"`{best}`", f"{_p50(of['cusparselt']) / _p50(of[best]):.2f}", f"{of[best]['of_peak']:.2f}"]
+        found = [problems[k, f, kind] for kind in kinds]
+        cells.append([f"`{name}`", "yes" if check["right"] else "no"])
+        cells[-1] += [f"{_p50(of['cusparselt']) / _p50(of[name]):.2f}" if name in of else "" for of in found]
     header = " | ".join(["variant", "right", *(f"{kind}, of cuSPARSELt's speed" for kind in kinds)])
-    second = "in x out | matmul | dense, ms | cuSPARSELt, ms | fastest variant, ms | which | of cuSPARSELt's speed"
-    tables = [
-        f"{first[0]} x {first[1]}:\n",
-        markdown(header, variants),
-        markdown(f"{second} | of the dense peak", fastest),
-    ]
-    return "\n".join(tables) + made_by(saved["environment"])
+    made = f"{k} x {f}:\n\n{markdown(header, cells)}"
+    if ablated := _problems(saved["ablations"]):
+        names = [name for name in next(iter(ablated.values())) if ":" in name]
+        cells = []
+        for name in names:
+            variant, without = name.split(":")
+            cells.append([f"`{variant}`", without])
+            cells[-1] += [f"{_p50(of[name]) / _p50(of[variant]):.2f}" for of in ablated.values()]
+        header = " | ".join(["variant", "without", *(f"{kind}, of its time" for *_, kind in ablated)])
+        made += "\n" + markdown(header, cells)
+    return made + made_by(saved["environment"])
 
 
 def inference(saved: Row) -> str:
@@ -295,6 +321,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "memory": _of("memory", memory),
     "compile_time": _of("compile_time", compile_time),
     "gluon": _of("gluon", gluon),
+    "gluon_variants": _of("gluon", gluon_variants, "gluon_variants.json", " --ablations"),
     "families": _of("models", families),
 }
 

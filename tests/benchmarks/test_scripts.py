@@ -55,7 +55,7 @@ def step(model, ratio, **more):
     return {"model": model, "layers": "ffn", "sparse_weights": 4, **times, **more}
 
 
-def test_each_gpu_has_tables_of_its_own_the_newest_first(tmp_path):
+def test_each_gpu_has_tables_of_its_own_the_fullest_and_then_the_newest_first(tmp_path):
     row = {"kernel": "glu", "of": "tokens", "gb_per_s": 3e3, "of_a_copy": 0.75}
     for gpu, date, ms in (("old", "2026-11-24", 2.0), ("new", "2026-11-28", 1.0)):
         put(tmp_path / gpu / "pack.json", environment=environment(gpu, date), shape={}, rows=[row | {"ms": ms}])
@@ -73,9 +73,9 @@ def test_steps_name_each_date_and_version_of_their_rows(tmp_path):
     put(tmp_path / "a" / "step_1.json", environment=environment("A", "1"), rows=[step("gpt2-small", 1.5, **kernels)])
     put(tmp_path / "a" / "step_2.json", environment=environment("A", "2"), rows=[step("vit-l", 1.1)])
     put(tmp_path / "b" / "step.json", environment=environment("B", "3"), rows=[step("vit-l", 1.2)])
-    one, two = tables.TABLES["steps"](tmp_path).split("B, torch 2, triton 3, 3.")
+    two, one = tables.TABLES["steps"](tmp_path).split("A, torch 2, triton 3, 1 and 2.")
     assert "| 1.20 |" in one and "| 1.10 |" in two and "| 1.50 |" in two
-    assert "A, torch 2, triton 3, 1 and 2." in two
+    assert "B, torch 2, triton 3, 3." in one
     text = tables.TABLES["profile"](tmp_path)  # only one row has one
     assert text.count("triton") == 1 and "A, torch 2, triton 3, 1.\n" in text
     put(tmp_path / "a" / "step_2.json", environment=environment("A", "2", "9"), rows=[step("vit-l", 1.1)])
@@ -135,17 +135,20 @@ def test_the_tables_of_gluon_tell_wrong_variants_and_the_fastest(tmp_path):
         for (matmul, k), found in times.items()
         for name, ms in found.items()
     ]
+    of = {"k": 64, "f": 128, "kind": "swiglu"}
+    fused = [of | {"with": name, "ms": {"p50": ms}} for name, ms in (("cusparselt", 3.0), ("fast", 2.0))]
     checks = {"slow": {"right": True}, "fast": {"right": True}, "bad": {"right": False}}
-    put(tmp_path / "gpu" / "gluon.json", environment=environment(), checks=checks, rows=rows)
+    saved = {"environment": environment(), "checks": checks, "rows": rows, "fused": fused}
+    put(tmp_path / "gpu" / "gluon.json", **saved)
     text = tables.TABLES["gluon"](tmp_path)
+    assert "| 4096 x 8192 | forward | 2.0000 | 1.6000 | `fast` | 1.25 | 1.88 | 1.00 |" in text
+    assert "| 1024 x 2048 | forward | 0.8000 | 0.5000 | `slow` | 1.60 | 2.00 | 1.00 |" in text
+    assert "| 64 x 128 | swiglu | 3.0000 | 2.0000 | `fast` | 1.50 |" in text and "| 64 x 128 | forward" not in text
+    ablations = [rows[1] | {"with": name, "ms": {"p50": ms}} for name, ms in (("fast", 2.0), ("fast:stores", 1.8))]
+    put(tmp_path / "gpu" / "gluon_variants.json", **saved, ablations=[rows[1], *ablations])
+    text = tables.TABLES["gluon_variants"](tmp_path)
     assert "| `slow` | yes | 0.80 |  |" in text and "| `fast` | yes | 1.25 | 1.00 |" in text
-    assert "| `bad` | no |  |  |" in text
-    assert "| 4096 x 8192 | forward | 3.0000 | 2.0000 | 1.6000 | `fast` | 1.25 | 1.00 |" in text
-    assert (
-        "| 1024 x 2048 | forward | 1.0000 | 0.8000 | 0.5000 | `slow` | 1.60 | 1.00 |" in text and "64 x 128" not in text
-    )
-    put(tmp_path / "gpu" / "gluon.json", environment=environment(), checks=checks, rows=[])
-    assert "| `slow` | yes |" in tables.TABLES["gluon"](tmp_path)
+    assert "| `bad` | no |  |  |" in text and "| `fast` | stores | 0.90 |" in text
 
 
 def test_a_profile_is_counted_whole():

@@ -9,3 +9,8 @@ def fresh() -> None:
         pytest.skip("needs a GPU")
     torch._dynamo.reset()
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that the other workers have something to do beside it."""
+    items.sort(key=lambda item: not item.name.startswith("test_a_run_with_everything"))
