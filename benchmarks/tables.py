@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def saved_in(results: Path, name: str) -> dict[Path, list[Row]]:
-    """What each folder of `results` holds in the files `name` (a pattern); first the one with most rows, then the newest.
+    """What each folder of `results` holds in the files `name` (a pattern), by rows, of as many the newest first.
 
     Raises SystemExit where they are of several GPUs: one table is made of them.
     """

@@ -39,6 +39,7 @@ from . import (
     step as step,  # registers the optimizer hooks
 )
 from .errors import BackendError, SkippedError
+from .operands import operand_of
 from .ranks import check_recipe, first_of
 from .recipe import Recipe
 from .seeds import draw_seed, no_seeds, seeds_on
@@ -312,7 +313,7 @@ class Variant:
             if self.forward_only:
                 tensors += inference.operand_of(together, group.dtype, group.transposed).forward_inputs
             else:
-                tensors += weights.operand_of(together, group.dtype, group.transposed).inputs
+                tensors += operand_of(together, group.dtype, group.transposed).inputs
         return tensors
 
     def _members(self, known: list[SparseWeight]) -> list[tuple[SparseWeight, ...]]:

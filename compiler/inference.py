@@ -16,7 +16,7 @@ from ..kernels import choice, layout, providers
 from ..kernels.providers import Problem
 from ..passes.find import Linear
 from ..passes.parallel import is_dtensor
-from . import weights
+from . import operands, weights
 from .fsdp import shard_of
 from .recipe import Recipe
 from .weights import SparseWeight, stamp
@@ -114,10 +114,10 @@ def _make_operand(members: tuple[SparseWeight, ...], dtype: torch.dtype, transpo
     """Make the operand, or bring it up to date."""
     holder = next((w for w in members if w.pruned), None)
     if holder is None:
-        return weights.operand_of(members, dtype, transposed)
+        return operands.operand_of(members, dtype, transposed)
     for weight in members:
         if not weight.pruned:
-            weights.operand_of((weight,), dtype, transposed)  # which gives it its mask
+            operands.operand_of((weight,), dtype, transposed)  # which gives it its mask
     key = (dtype, transposed, *(w.layer for w in members))
     rows = holder.operands.get(key)
     if rows is None or rows.packed.device != holder.param.device:

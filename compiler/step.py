@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 
 from ..kernels import layout, ops
 from . import flips, shards, weights
+from .operands import check_stats, pack
 from .weights import SparseWeight
 
 log = logging.getLogger("sparse24")
@@ -40,7 +41,7 @@ class _Deferred:
     def check(self) -> None:
         self.done.synchronize()
         for weight, step, row in zip(self.weights, self.steps, self.host.tolist(), strict=True):
-            weights.check_stats([weight], [row], step)
+            check_stats([weight], [row], step)
 
 
 _deferred: list[_Deferred] = []
@@ -124,14 +125,14 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         elif weight.sparse and weight.operands:
             search = weight.refresh_due and not weight.soft
             due.setdefault((weight.param.device, search, weight.soft), []).append(weight)
-    packed = [(device, search, members, weights.pack(members, search)) for (device, search, _), members in due.items()]
+    packed = [(device, search, members, pack(members, search)) for (device, search, _), members in due.items()]
     for device, search, members, stats in packed:
         if device.type == "cuda" and not search:
             with torch.cuda.device(device):
                 _deferred.append(_Deferred(members, stats))
             continue
         rows = stats.tolist()
-        weights.check_stats(members, rows)
+        check_stats(members, rows)
         if search:
             for weight, (changed, _) in zip(members, rows, strict=True):
                 weight.flips = changed

@@ -15,6 +15,7 @@ from torch import nn
 
 import sparse24
 from sparse24.compiler import weights
+from sparse24.compiler.operands import check_stats, pack
 from sparse24.compiler.recipe import Recipe
 from sparse24.kernels import layout
 from sparse24.kernels.reference import best_mask
@@ -132,7 +133,7 @@ def search_masks(session: sparse24.Session, optimizer: torch.optim.Optimizer, po
         for operand in weight.operands.values():
             operand.put_mask(weight, layout.nibbles_from_mask(mask))
     if sparse:
-        weights.check_stats(sparse, weights.pack(sparse, search=False).tolist())
+        check_stats(sparse, pack(sparse, search=False).tolist())
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
