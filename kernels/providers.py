@@ -92,7 +92,8 @@ class CusparseLt:
 
     def algorithms(self, problem: Problem) -> Sequence[int | None]:
         known = cusparselt.plan(self._shape(problem), None, problem.device).algorithms
-        return range(min(known, cusparselt.SAFE_ALGORITHMS))
+        safe, usual = range(min(known, cusparselt.SAFE_ALGORITHMS)), cusparselt.USUAL_ALGORITHMS
+        return [*(a for a in usual if a in safe), *(a for a in safe if a not in usual)]
 
     def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
         packed = readable(packed, problem.rows, problem.inner)

@@ -1,11 +1,12 @@
 """Measured choices on disk."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sparse24.kernels import choice, layout
+from sparse24.kernels import choice, cusparselt, layout, providers
 from sparse24.kernels.providers import Problem
 
 HEADER = {"gpu": "one"}
@@ -70,3 +71,9 @@ def test_a_candidate_is_checked_three_times(monkeypatch, wrong_at, checked):
     assert len(runs) == checked
     assert choice._try(lambda: torch.full((4,), float("nan")), "it", torch.ones(4), 2.0) is None
     assert choice._try(lambda: torch.ones(4), "it", torch.ones(4), 0.5) is None  # much slower than the best
+
+
+def test_the_algorithms_that_usually_win_are_measured_first(monkeypatch):
+    monkeypatch.setattr(cusparselt, "plan", lambda *args: SimpleNamespace(algorithms=10))
+    problem = Problem("spmm", 128, 128, 64, torch.bfloat16, torch.device("cuda", 0))
+    assert providers.CusparseLt().algorithms(problem) == [3, 2, 6, 5, 0, 1, 4, 7, 8, 9]
