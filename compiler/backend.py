@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..kernels import ahead, layout, providers
+from ..kernels import ahead, providers
 from ..kernels.gain import Layer, gain, matmuls
 from ..passes.find import Linear, find_linears
 from ..passes.graph import copy_of
@@ -39,7 +39,7 @@ from . import (
     step as step,  # registers the optimizer hooks
 )
 from .errors import BackendError, SkippedError
-from .operands import operand_of
+from .operands import numel_of, operand_of
 from .ranks import check_recipe, first_of
 from .recipe import Recipe
 from .seeds import draw_seed, no_seeds, seeds_on
@@ -352,7 +352,7 @@ class Variant:
             with fake:
                 examples: list[Any] = [torch.empty(len(members), dtype=torch.int64, device=device)]
                 for (group, _), together in zip(self.groups, members, strict=True):
-                    size = sum(layout.numel(w.shape[0], w.shape[1], group.dtype) for w in together)
+                    size = numel_of(together, group.dtype)
                     examples += [torch.empty(size, dtype=group.dtype, device=device) for _ in range(2)]
             return examples
         operands = self.pack(known)
@@ -409,9 +409,7 @@ def _by_speed(
         of = (rows, linear.in_features, linear.tokens, linear.dtype, param.dtype, param.device)
         layers[linear] = Layer(*of, recipe.wgrad, kind, linear.bias)
     for device in {layer.device for layer in layers.values()} if recipe.recipe == "fst" else ():
-        may = [
-            m for linear, m in layers.items() if m.device == device and getattr(found[linear], "reason", None) is None
-        ]
+        may = [m for linear, m in layers.items() if m.device == device and (found[linear] or linear).reason is None]
         calls = [call for m in may for call in ahead.calls_of(m.dtype, m.master, m.wgrad, m.kind, m.bias)]
         ahead.start(calls, device, recipe.inner == "inductor")
     open_ = {linear: layer for linear, layer in layers.items() if found[linear] is None}

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from .weights import SparseWeight
 
 
+def numel_of(weights: Sequence["SparseWeight"], dtype: torch.dtype) -> int:
+    """Elements of `dtype` in each packed form of these weights together."""
+    return sum(layout.numel(w.shape[0], w.shape[1], dtype) for w in weights)
+
+
 class Operand:
     """The packed forms of one or several weights that are multiplied as one: their rows (out_features) stand in order.
 
@@ -33,7 +38,7 @@ class Operand:
             self._origin[id(weight)] = (0, offset) if transposed else (offset, 0)
             offset += shape[along]
         device = weights[0].param.device
-        size = layout.numel(self.rows, self.cols, dtype)
+        size = numel_of(weights, dtype)
         self.packed = torch.zeros(size, dtype=dtype, device=device)
         self.packed_t = torch.zeros(size, dtype=dtype, device=device)
         self._nothing = self.packed.new_empty(0)

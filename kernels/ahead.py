@@ -8,7 +8,7 @@ Where anything fails, the launches compile for themselves, as they would have.
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -18,9 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -183,35 +181,25 @@ def _collect() -> None:
 # ------------------------------------------------------------------------------------------------- what is to compile
 
 
-@lru_cache
-def _copy_of(module: str) -> ModuleType:
-    """A module of ops of its own: its `launch` can be another while other threads launch."""
-    spec = importlib.util.find_spec(f"{__package__}.{module}")
-    assert spec is not None and spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    return copy
-
-
 def _launches(call: Call, order: str) -> list[Any]:
     """What an op launches, as `main` takes it: module and name of each kernel, arguments, constants and options."""
+    from . import triton_launch
+
+    triton_launch.noted.clear()
+    _run(*call)
     found = []
-
-    def note(kernel: Any, grid: Any, device: torch.device, *args: Any, **constants: Any) -> None:
-        if "ORDER" in constants:
-            constants["ORDER"] = order
+    for kernel, args, constants in triton_launch.noted:
+        known = {**constants, "ORDER": order} if "ORDER" in constants else constants
         spelled = [{"pointer": str(x.dtype).removeprefix("torch.")} if isinstance(x, Tensor) else x for x in args]
-        typed = {key: x if isinstance(x, str | int) else {"type": x.name} for key, x in constants.items()}
+        typed = {key: x if isinstance(x, str | int) else {"type": x.name} for key, x in known.items()}
         found.append([kernel.fn.__module__, kernel.fn.__name__, spelled, typed])
-
-    ops: Any = _copy_of("triton_pack" if call[0] in ("pack_weights_", "masked_decay_") else "triton_glu")
-    ops.launch = note
-    _run(ops, *call)
     return found
 
 
-def _run(ops: Any, name: Any, *rest: Any) -> None:
+def _run(name: Any, *rest: Any) -> None:
     """Call an op on tensors without data."""
+    from . import triton_ops as ops
+
     n = 2 * layout.TILE
     seeds = torch.empty(1, dtype=torch.int64, device="meta")
 
@@ -278,5 +266,5 @@ def main(said: str) -> None:
     driver.set_active(_Target(arch))
     for module, name, args, constants in launches:
         kernel = getattr(importlib.import_module(module), name)
-        triton_launch._hash_callees_first(module)
+        triton_launch.hash_callees_first(module)
         kernel.warmup(*args, grid=(1,), **constants, enable_fp_fusion=False)

@@ -78,7 +78,7 @@ def matmul_glu(
 
 def _fusing(problem: Problem, kind: str, bias: torch.dtype | None, glu: Callable[..., Tensor]) -> int | None:
     """The variant that serves an spmm with the activation behind it, None where two kernels are faster."""
-    if not _BY_NAME[Gluon.name].supports(problem):
+    if not (_BY_NAME[Gluon.name].supports(problem) and gluon_matmul.fusing(problem.device, problem.rows, kind)):
         return None
     found = _fused.get((problem, kind, bias))
     if found is None and torch.cuda.is_current_stream_capturing():

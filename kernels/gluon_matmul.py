@@ -3,8 +3,7 @@
 Gluon is experimental, and the kernels rest on what it does not promise: that Triton puts the largest shared buffer at
 offset 0, and the order of the registers that inline PTX sees. So they are imported only when asked for, a small product
 is checked at first use, and wrong numbers and errors of compiling or launching make the provider unavailable with a
-reason. A kernel that hangs, or after whose fault the process cannot use
-the GPU any more, ends a training.
+reason. A kernel that hangs, or after whose fault the process cannot use the GPU any more, ends a training.
 """
 
 import hashlib
@@ -152,6 +151,6 @@ def _run(name: str, variant: int, packed: Tensor, *args: Any) -> Any:
 def sources() -> str:
     """A digest of the kernels: what was measured of others does not count."""
     digest = hashlib.sha256()
-    for name in ("gluon_common", "gluon_mma", "gluon_wgmma"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    for source in sorted(Path(__file__).parent.glob("gluon_*.py")):
+        digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

@@ -39,7 +39,7 @@ from .reference import GATED
 from .triton_launch import launch
 
 _SLOT = 8192  # bytes: 64 x 64 entries of 16 bits
-_LEAVING_STEPS = 5.5
+_LEAVING_STEPS = 5.5  # see `_cut`
 _WGS = 2  # consumer warpgroups: of three, each would have too few registers for 256 columns
 SLOT, WGS = gl.constexpr(_SLOT), gl.constexpr(_WGS)
 
@@ -233,7 +233,7 @@ def await_asm():
 def place_of_sums(partials, i, WG: gl.constexpr, MB: gl.constexpr, BN: gl.constexpr, L4: gl.constexpr):
     """Where the sums of this warpgroup in part i are left: pointers to its first 64 x 64 entries."""
     offset = along(8, 0, L4, 4) * 512 + along(4, 1, L4, 4) * 128 + along(32, 2, L4, 4) * 4 + along(4, 3, L4, 4)
-    return partials + (i.to(gl.int64) * 2 + WG) * (MB * BN * 64) + offset
+    return partials + (i.to(gl.int64) * WGS + WG) * (MB * BN * 64) + offset
 
 
 @gluon.jit
@@ -374,9 +374,8 @@ def consumer(
         tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
         at = ()
         for m in gl.static_range(MB):
-            block = gl.minimum(
-                block_of(tm, WG * MB + m, rows, MB, GATED), rows // 64 - 1
-            )  # behind the last row: any legal metadata
+            block = block_of(tm, WG * MB + m, rows, MB, GATED)
+            block = gl.minimum(block, rows // 64 - 1)  # behind the last row: any legal metadata
             at = at + (block.to(gl.int64) * inner + (lane // 2 % 2 * 32 + warp * 8 + lane // 4),)
         acc = ()
         for _ in gl.static_range(MB * SB):
@@ -412,7 +411,7 @@ def consumer(
         cut = tiles_m * tiles_n - whole
         for before in range(0, gl.where(which == cuts - 1, which, 0)):
             p = place - (which - before) * cut
-            gl.inline_asm_elementwise(await_asm(), "=r,l", [counts + 2 * p + WG + once], gl.int32, False, 1)
+            gl.inline_asm_elementwise(await_asm(), "=r,l", [counts + WGS * p + WG + once], gl.int32, False, 1)
             left = place_of_sums(partials, p, WG, MB, BN, L4)
             added = ()
             for s in gl.static_range(MB * SB):
@@ -422,7 +421,7 @@ def consumer(
             left = place_of_sums(partials, place, WG, MB, BN, L4)
             for s in gl.static_range(MB * SB):
                 gl.store(left + s * 4096, acc[s])
-            here = counts + 2 * place + WG + once
+            here = counts + WGS * place + WG + once
             gl.inline_asm_elementwise(arrive_asm(), "=r,l", [here], gl.int32, False, 1)
         else:
             slots = arena, NA * SA + NB * SB + WG * NE

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from . import gluon_matmul, ops
-from .reference import GATED
 
 
 def sparse_linear(
@@ -102,7 +101,7 @@ class _SparseLinearGLU(torch.autograd.Function):
     def forward(ctx, tokens, packed, packed_t, seeds, bias, index, wgrad, transposed, kind, *weights):  # type: ignore[no-untyped-def]
         ctx.sizes, ctx.dtypes = _out_features(weights, transposed), [w.dtype for w in weights]
         ctx.index, ctx.wgrad, ctx.transposed, ctx.kind = index, wgrad, transposed, kind
-        if kind in GATED and gluon_matmul.asked_for():
+        if gluon_matmul.asked_for():
             gate_up, h = ops.spmm_glu(packed, tokens, bias, sum(ctx.sizes), kind)
         else:
             gate_up = ops.spmm(packed, tokens, sum(ctx.sizes))

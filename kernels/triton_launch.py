@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ahead, layout
 
-compile_only = False  # set in the processes of `ahead`
+noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []  # kernel, args and constants, see `launch`
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # with what it takes behind the arguments
 
 
@@ -21,10 +21,13 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     """Run `kernel` on `device` (Triton itself launches on the current one); an empty grid is no launch.
 
     args: tensors, numbers and tensor descriptors (each kernel has one layout of them), all arguments of the kernel that
-    are not constexpr. constants: the constexpr ones, and
-    Triton's options.
+    are not constexpr. constants: the constexpr ones, and Triton's options. On tensors without data (device "meta")
+    nothing runs: `noted` gets what would, for `ahead`.
     """
     if 0 in grid:
+        return
+    if device.type == "meta":
+        noted.append((kernel, args, constants))
         return
     key = (kernel.fn, device, *[_kind(arg) for arg in args], *constants.items())
     with layout.on(device):
@@ -34,18 +37,15 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
             three = (*grid, 1, 1)
             compiled[three](*args, *last)
             return
-        _hash_callees_first(kernel.fn.__module__)
+        hash_callees_first(kernel.fn.__module__)
         ahead.wait()
-        if compile_only:
-            kernel.warmup(*args, grid=grid, **constants, enable_fp_fusion=False)
-            return
         compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)
     if compiled is not None:  # None: the interpreter compiles nothing
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
 
 
 @lru_cache
-def _hash_callees_first(module: str) -> None:
+def hash_callees_first(module: str) -> None:
     """Triton 3.6 hashes a function differently where what it calls was hashed before it, and then misses its cache.
 
     `DependenciesFinder._update_hash` takes over a callee's globals before it has found them. A function here is defined
