@@ -1,0 +1,107 @@
+"""The inline PTX of `gluon_wgmma`: what Gluon has no words for."""
+
+from triton.experimental.gluon import language as gl
+
+from .gluon_common import constexpr_function
+
+SLOT_BYTES = 8192  # of shared memory: 64 x 64 entries of 16 bits
+
+
+@constexpr_function
+def mma_asm(MB, BN, half, transposed, registers, dtype):
+    """PTX of one warpgroup for 64 columns of the packed operand: 2 * MB instructions, and the wait for them.
+
+    Operands, registers of a thread: the results (32 for each 64 columns of a row block); the byte offset of x, 32 times
+    the same; the packed operand, for each of MB blocks 16 registers of fragments or, if not `registers`, one byte
+    offset 32 times; metadata of MB blocks, 32 times each; the sums so far, tied to the results. half: which 64 of a
+    slot's 128 columns.
+    """
+    n = MB * BN // 2
+    b, a = n, n + 32
+    meta = a + (16 * MB if registers else 32)
+    high = 1 << 30 | 1024 >> 4  # 128 byte swizzle, 1024 bytes from one block of eight rows to the next
+    lines = ["{", ".reg .b32 a, b, base;", ".reg .b64 da, db;", "mov.u32 base, global_smem;"]
+    for name, operand in (("b", b),) if registers else (("b", b), ("a", a)):
+        address = f"add.u32 {name}, base, ${operand};", f"shr.u32 {name}, {name}, 4;"
+        lines += [*address, f"and.b32 {name}, {name}, 0x3FFF;"]
+    if transposed:  # x [inner, outer]: blocks of 64 columns are a slot apart
+        lines += [f"or.b32 b, b, {SLOT_BYTES >> 4 << 16};"]
+    lines += ["wgmma.fence.sync.aligned;"]
+    for k in range(2):
+        lines += [f"mov.b64 db, {{b, {high}}};"]
+        for m in range(MB):
+            sums = ", ".join(f"${i}" for i in range(m * BN // 2, (m + 1) * BN // 2))
+            if registers:
+                first = a + 16 * m + 8 * half + 4 * k
+                packed = "{" + ", ".join(f"${i}" for i in range(first, first + 4)) + "}"
+            else:
+                packed = "da"
+                lines += [
+                    f"add.u32 base, a, {m * (SLOT_BYTES >> 4) + 4 * half + 2 * k};",
+                    f"mov.b64 da, {{base, {high}}};",
+                ]
+            operands = f"{{{sums}}}, {packed}, db, ${meta + 32 * m}, {k}, 1, 1, 1"
+            operands += f", {int(transposed)}" if registers else f", 0, {int(transposed)}"
+            lines += [f"wgmma.mma_async.sp.sync.aligned.m64n{BN}k32.f32.{dtype}.{dtype} {operands};"]
+        lines += [f"add.u32 b, b, {256 if transposed else 4};"]
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
+    return "\n".join(lines)
+
+
+@constexpr_function
+def mma_constraints(MB, BN, registers):
+    n = MB * BN // 2
+    inputs = 32 + (16 * MB if registers else 32) + 32 * MB
+    return ",".join(["=f"] * n + ["r"] * inputs + [str(i) for i in range(n)])
+
+
+@constexpr_function
+def floats(n):
+    return (gl.float32,) * n
+
+
+@constexpr_function
+def nibbles_asm():
+    """Metadata of 16 columns of two rows, for `mma`, from eight bytes as `layout` has them for 32 columns.
+
+    The bytes alternate between two blocks of 16 columns; each has a nibble of row g below one of row g + 8. The
+    instruction wants the four nibbles of row g and then those of row g + 8.
+    """
+    return """{
+        .reg .b32 lo, hi, x, s, t;
+        mov.b64 {lo, hi}, $1;
+        prmt.b32 x, lo, hi, $2;
+        shr.u32 s, x, 4;
+        xor.b32 t, s, x;
+        and.b32 t, t, 0x00F000F0;
+        shl.b32 s, t, 4;
+        xor.b32 x, x, t;
+        xor.b32 x, x, s;
+        prmt.b32 $0, x, 0, 0x3120;
+    }"""
+
+
+@constexpr_function
+def arrive_asm():
+    """Each warp counts itself in after the stores of all its lanes."""
+    return """{
+        .reg .pred p;
+        bar.warp.sync 0xffffffff;
+        elect.sync _|p, 0xffffffff;
+        @p red.release.gpu.global.add.s32 [$1], 1;
+        mov.b32 $0, 0;
+    }"""
+
+
+@constexpr_function
+def await_asm():
+    """Until all four warps are counted in."""
+    return """{
+        .reg .pred p;
+        .reg .b32 v;
+    again:
+        ld.acquire.gpu.global.b32 v, [$1];
+        setp.ne.s32 p, v, 4;
+        @p bra again;
+        mov.b32 $0, v;
+    }"""
