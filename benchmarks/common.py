@@ -20,8 +20,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def clocks() -> str:
-    """Clocks and power of the GPU at this moment, "" where nobody can say."""
+    """Clocks and power of the GPU in use at this moment, "" where nobody can say."""
     query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,power.limit", "--format=csv,noheader"]
+    if torch.cuda.is_available():
+        query.append(f"--id=GPU-{torch.cuda.get_device_properties().uuid}")
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

@@ -203,10 +203,10 @@ def memory(saved: Row) -> str:
     """GiB on the GPU between steps and at most, of one model alone."""
     cells = []
     for row in saved["rows"]:
-        parts = [f"{row[kind]:.2f}" if kind in row else "" for kind in ("masters", "packed", "packed_t")]
+        parts = [f"{row[kind]:.2f}" if kind in row else "" for kind in ("masters_gib", "packed_gib", "packed_t_gib")]
         cells.append([NAMES.get(row["model"], row["model"]), row["kind"], f"{row['resident_gib']:.2f}"])
         cells[-1] += [f"{row['peak_gib']:.2f}", *parts]
-    header = "model | way | between steps | at most | masters of sparse layers | packed W | packed W^T"
+    header = "model | way | between steps, GiB | at most, GiB | masters of sparse layers | packed W | packed W^T"
     return markdown(header, cells) + made_by(saved["environment"])
 
 
@@ -287,15 +287,15 @@ def inference(saved: Row) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
-def families(saved: Row) -> str:
-    """One step of each model family at a real width."""
+def families(*files: Row) -> str:
+    """One step of each model family at a real width; models.py may be run for a few at a time."""
     cells = []
-    for row in (row for row in saved["rows"] if "error" not in row):
+    for row in (row for file in files for row in file["rows"] if "error" not in row):
         times = [f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms", f"{row['ratio']:.2f}"]
         cells.append([row["model"], f"{row['parameters'] / 1e6:.0f}M", str(row["sparse_weights"]), *times])
         cells[-1].append(f"{row['relative_loss_difference']:.0e}")
     header = "family | parameters | sparse weights | dense | sparse24 | speed-up | first loss differs by"
-    return markdown(header, cells) + made_by(saved["environment"])
+    return markdown(header, cells) + where(*(file["environment"] for file in files))
 
 
 def _of(script: str, table: Callable[..., str], name: str = "", options: str = "") -> Callable[[Path], str]:
@@ -322,7 +322,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "compile_time": _of("compile_time", compile_time),
     "gluon": _of("gluon", gluon),
     "gluon_variants": _of("gluon", gluon_variants, "gluon_variants.json", " --ablations"),
-    "families": _of("models", families),
+    "families": _of("models", families, "models*.json"),
 }
 
 
