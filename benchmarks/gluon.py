@@ -2,9 +2,9 @@
 
 Each variant is compared with float64 in a process of its own, so that a crash or a hang costs that variant only. Then
 dense, cuSPARSELt's best algorithm and the variants that passed are timed in turns after two warm seconds, the most
-important shapes first, until --seconds are over. Of the first shape also: cold, host (as in gemm.py), and clocks under
-load. The file is written after every step. "bound" is what shared memory allows in docs/kernels.md, of the dense peak.
-Needs a GPU; SPARSE24_GLUON need not be set.
+important shapes first, until --seconds are over: the GPU's time, by CUDA graphs, and the host's of a call. Of the first
+shape also: cold (as in gemm.py), and clocks under load. The file is written after every step. "bound" is what shared
+memory allows in docs/kernels.md, of the dense peak. Needs a GPU; SPARSE24_GLUON need not be set.
 """
 
 import argparse
@@ -43,6 +43,7 @@ WGMMA: dict[str, dict[str, Any]] = {
     "128x256-group4": dict(MB=1, BN=256, NA=2, NB=4, NE=4, GROUP=4),
     "256x192-group4": dict(MB=2, BN=192, NA=2, NB=4, NE=4, GROUP=4),
     "256x192-group8": dict(MB=2, BN=192, NA=2, NB=4, NE=4, GROUP=8),
+    "128x256-registers-split": dict(MB=1, BN=256, NA=2, NB=4, NE=4, REGISTER_A=True, split=True),
     "128x256-both": dict(MB=1, BN=256, NA=2, NB=5, NE=2, REGISTER_A=True, split=True),
     "128x256-split": dict(MB=1, BN=256, NA=2, NB=4, NE=4, split=True),
     "256x192-split": dict(MB=2, BN=192, NA=2, NB=4, NE=4, split=True),
@@ -264,6 +265,18 @@ def compile_(name: str) -> None:
         emit({"compiled": name})
 
 
+def replayed(runs: dict[str, Callable[[], Any]], n: int) -> dict[str, list[float]]:
+    """`in_turns` of the GPU's time alone, ms a call: a CUDA graph holds n calls of each, and none waits for the host."""
+    graphs: dict[str, Callable[[], Any]] = {}
+    for name, run in runs.items():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(n):
+                run()
+        graphs[name] = graph.replay
+    return {name: [ms / n for ms in times] for name, times in in_turns(graphs, 5, 1).items()}
+
+
 def time_(names: list[str], problems: list[list[Any]], tokens: int, until: float) -> None:
     """Emit the rows of each problem [matmul, in_features, out_features, whether it is the first shape]."""
     from sparse24.kernels import choice, layout
@@ -303,7 +316,7 @@ def time_(names: list[str], problems: list[list[Any]], tokens: int, until: float
             run()
             torch.cuda.synchronize()
         emit({"running": ""})
-        times = in_turns(runs, 5, max(1, round(8 / timed(runs["dense"], 3))))
+        times = replayed(runs, max(1, round(8 / timed(runs["dense"], 3))))
         dense = percentiles(times["dense"])["p50"]
         found = []
         for name, run in runs.items():
@@ -313,8 +326,9 @@ def time_(names: list[str], problems: list[list[Any]], tokens: int, until: float
             row["bound"] = bound(name)
             if name == library.name:
                 row["algorithm"] = best.algorithm
+            row["host_us"] = host_us(run, 20)
             if first:
-                row |= {"cold_ms": cold(run), "host_us": host_us(run, 20)}
+                row["cold_ms"] = cold(run)
             if first and matmul == "forward" and name in ("dense", library.name, *THOROUGH):
                 for _ in range(round(600 / ms["p50"])):
                     run()
@@ -356,11 +370,12 @@ def fused(problems: list[list[Any]], tokens: int, until: float) -> None:
                 runs[name]()
                 torch.cuda.synchronize()
         emit({"running": ""})
-        times = in_turns(runs, 5, max(1, round(8 / timed(runs[library.name], 3))))
+        times = replayed(runs, max(1, round(8 / timed(runs[library.name], 3))))
         found = []
-        for name in runs:
+        for name, run in runs.items():
             ms = percentiles(times[name])
             row = {"k": inner, "f": rows, "tokens": tokens, "kind": kind, "with": name, "ms": ms}
+            row["host_us"] = host_us(run, 20)
             found.append(row | {"ratio": percentiles(times[library.name])["p50"] / ms["p50"]})
         emit({"rows": found})
 
@@ -408,7 +423,7 @@ def checked(name: str) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         numbers = f"{row['ms']['p50']:8.4f} {row['ratio']:6.2f} {row['of_peak']:8.2f} {row['bound'] or 0:6.2f}"
-        extra = f" cold {row['cold_ms']:.4f} host {row['host_us']:.0f}" if "cold_ms" in row else ""
+        extra = f" host {row['host_us']:.0f}" + (f" cold {row['cold_ms']:.4f}" if "cold_ms" in row else "")
         where = f"{row['k']:6d} {row['f']:6d} {row['matmul']:8s} {row['with']:28s}"
         print(f"{where} {numbers}{extra} {row.get('clocks', '')}", flush=True)
 

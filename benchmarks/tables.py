@@ -244,8 +244,10 @@ def gluon(saved: Row) -> str:
             found[-1].append(f"{_p50(of['cusparselt']) / _p50(of[best]):.2f}")
             if key == "rows":
                 found[-1] += [f"{_p50(of['dense']) / _p50(of[best]):.2f}", f"{of[best]['of_peak']:.2f}"]
+                host = [f"{of[name]['host_us']:.0f}" for name in ("cusparselt", best) if "host_us" in of[name]]
+                found[-1].append(" > ".join(host))
     header = "in x out | matmul | cuSPARSELt, ms | fastest variant, ms | which | of cuSPARSELt's speed"
-    made = markdown(f"{header} | over dense | of the dense peak", cells["rows"])
+    made = markdown(f"{header} | over dense | of the dense peak | host, us of a call", cells["rows"])
     if cells["fused"]:
         header = "in x out | activation | cuSPARSELt and a second kernel, ms | one kernel, ms | which | of their speed"
         made += "\n" + markdown(header, cells["fused"])

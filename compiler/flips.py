@@ -28,17 +28,23 @@ class FlipWatch:
     growing      m is over 1.5 times the mean of the `WINDOW` refreshes before, and the learning rate did not rise since
     stays high   the learning rate is below half the highest seen, and m is over 0.7 times the highest m seen
 
-    A healthy rate falls about as the learning rate does. Nothing is said where m < `NEGLIGIBLE`, and each of the two
-    once a run; a resumed run is watched anew.
+    A healthy rate falls about as the learning rate does: in the runs of benchmarks/results/quality, dense ones and
+    those without decay among them, m was at most 0.64 of its highest once the learning rate had come down to half, and
+    none is called an explosion. Nothing is said where m < `NEGLIGIBLE`, and each of the two once a run; a resumed run,
+    and one whose refresh interval changes, is watched anew.
     """
 
     def __init__(self) -> None:
         self._seen: list[tuple[float, float]] = []  # (rate, learning rate) of the last 2 * WINDOW refreshes
-        self._highest, self._highest_lr = 0.0, 0.0
+        self._highest, self._highest_lr, self._every = 0.0, 0.0, 0
         self._said: set[str] = set()
 
-    def observe(self, rate: float, lr: float) -> str | None:
-        """Take in the rate of a refresh, and the learning rate there; which rule it broke, in words, or None."""
+    def observe(self, rate: float, lr: float, every: int) -> str | None:
+        """Take in the rate of a refresh, the learning rate there and the steps since the refresh before it; which rule
+        it broke, in words, or None.
+        """
+        if every != self._every:  # rates over different numbers of steps do not compare
+            self._seen, self._highest, self._every = [], 0.0, every
         self._seen = [*self._seen, (rate, lr)][-2 * WINDOW :]
         self._highest_lr = max(self._highest_lr, lr)
         if len(self._seen) < 2 * WINDOW:
@@ -93,10 +99,9 @@ def watch(optimizer: torch.optim.Optimizer, refreshed: Sequence[SparseWeight]) -
     if not sparse:
         return
     rate = sum(w.flips or 0 for w in sparse) / sum(w.shape[0] * w.shape[1] for w in sparse)
-    lr = max(float(group["lr"]) for group in optimizer.param_groups)
-    found = _watches.setdefault(optimizer, FlipWatch()).observe(rate, lr)
+    lr, recipe = max(float(group["lr"]) for group in optimizer.param_groups), sparse[0].recipe
+    found = _watches.setdefault(optimizer, FlipWatch()).observe(rate, lr, recipe.refresh_every)
     if found is not None:
-        recipe = sparse[0].recipe
         what = f"raise decay (now {recipe.decay:g}), or search it with sparse24.find_decay"
         if recipe.recipe == "s-ste":
             what = "lower the learning rate"

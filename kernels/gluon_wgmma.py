@@ -432,9 +432,15 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
-def _descriptor(x: Tensor) -> TensorDescriptor:
-    """x [m, n], contiguous, for TMA to move in blocks of 64 x 64. Strides by shape: that of a single row can be any."""
-    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [64, 64], tiling())
+def _descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """The matrix [rows, cols] that begins where x does, for TMA to move in blocks of 64 x 64.
+
+    Made without the checks of its own, which take longer than all else and hold here: x is `_aligned`, or new.
+    """
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape = x, [rows, cols], [cols, 1], [64, 64]
+    made.layout, made.padding = tiling(), "zero"
+    return made
 
 
 def multiply(
@@ -485,7 +491,8 @@ def _launch(
     h: Tensor,
 ) -> None:
     outer = y.shape[1] if transposed else y.shape[0]
-    values, metadata = layout.split(_aligned(packed), rows, inner)
+    layout.check(packed, rows, inner)
+    packed, x = _aligned(packed), _aligned(x)
     tiles, steps = -(-rows // variant.rows) * -(-outer // variant.BN), -(-inner // 128)
     programs = min(tiles, _processors(x.device)) if variant.persistent else tiles
     cut, cuts = _cut(tiles, steps, _processors(x.device)) if variant.split else (0, 1)
@@ -494,17 +501,18 @@ def _launch(
         programs = _processors(x.device)
         partials = x.new_empty(cut * (cuts - 1) * variant.rows * variant.BN, dtype=torch.float32)
         counts = x.new_zeros(cut * (cuts - 1) * _WGS, dtype=torch.int32)
-    to = _descriptor(y)
+    to = _descriptor(y, *y.shape)
+    added = y if bias is None else bias.contiguous()
     launch(
         kernel,
         (programs,),
         x.device,
-        _descriptor(values),
-        metadata.view(torch.int64),
-        _descriptor(_aligned(x)),
+        _descriptor(packed, rows, inner // 2),
+        packed[rows * inner // 2 :].view(torch.int64),
+        _descriptor(x, *x.shape),
         to,
-        to if h is y else _descriptor(h),
-        y if bias is None else bias.contiguous(),
+        to if h is y else _descriptor(h, *h.shape),
+        added,
         partials,
         counts,
         rows,
@@ -512,6 +520,7 @@ def _launch(
         outer,
         tiles - cut,
         cuts,
+        key=(variant, x.dtype, transposed, None if bias is None else bias.dtype, added.data_ptr() % 16 == 0, kind),
         **constants(variant, x.dtype, transposed, bias is not None, kind),
         num_warps=4,
     )

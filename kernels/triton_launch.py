@@ -5,6 +5,7 @@ That takes longer than most of these kernels run at small widths.
 """
 
 import sys
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any
 
@@ -17,19 +18,23 @@ noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []  # kernel, args an
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # with what it takes behind the arguments
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, key: Hashable = None, **constants: Any
+) -> None:
     """Run `kernel` on `device` (Triton itself launches on the current one); an empty grid is no launch.
 
-    args: tensors, numbers and tensor descriptors (each kernel has one layout of them), all arguments of the kernel that
-    are not constexpr. constants: the constexpr ones, and Triton's options. On tensors without data (device "meta")
-    nothing runs: `noted` gets what would, for `ahead`.
+    args: tensors and numbers, all arguments of the kernel that are not constexpr. constants: the constexpr ones, and
+    Triton's options. key: what Triton compiles the kernel anew for, where the caller knows that (needed with tensor
+    descriptors); else it is found from all of these. On tensors without data (device "meta") nothing runs: `noted` gets
+    what would, for `ahead`.
     """
     if 0 in grid:
         return
     if device.type == "meta":
         noted.append((kernel, args, constants))
         return
-    key = (kernel.fn, device, *[_kind(arg) for arg in args], *constants.items())
+    found = (*[_kind(arg) for arg in args], *constants.items()) if key is None else key
+    key = kernel.fn, device, found
     with layout.on(device):
         known = _compiled.get(key)
         if known is not None:
@@ -60,6 +65,4 @@ def _kind(arg: Any) -> object:
     """What Triton compiles a kernel anew for: dtypes, aligned addresses and multiples of 16, a 1, and wide integers."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
-    if hasattr(arg, "block_shape"):  # for TMA
-        return arg.base.dtype, *arg.block_shape
     return type(arg), arg % 16 == 0, arg == 1, -(2**31) <= arg < 2**31

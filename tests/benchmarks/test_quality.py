@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from sparse24.compiler.flips import FlipWatch
+
 pytest.importorskip("tokenizers")
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 
@@ -471,6 +473,19 @@ def test_a_plan_runs_run_py(tmp_path: Path, module: Any, capsys: pytest.CaptureF
     result = load(tmp_path / "out", "vit_tiny_0_dense")
     assert result["step"] == 4 and result["settings"]["shared"]
     assert "held-out loss" in (tmp_path / "work" / "logs" / "vit_tiny_0_dense.log").read_text()
+
+
+def test_no_saved_run_is_called_an_explosion_of_flips(module: Any) -> None:
+    """What the constants of FlipWatch rest on."""
+    training, arms = module("training"), module("arms")
+    files = [json.loads(path.read_text()) for path in (QUALITY.parent / "results" / "quality").glob("*_[0-9]_*.json")]
+    assert len(files) > 15
+    for file in files:
+        settings, watch = file["settings"], FlipWatch()
+        arm = arms.arms(1.0, settings["steps"], 40)[settings["arm"]]
+        for step, rate in file["flips"]:
+            lr = training.lr_factor(argparse.Namespace(**settings), int(step) - 1)
+            assert watch.observe(rate, lr, arm.options_at(int(step) - 1).get("refresh_every", 40)) is None
 
 
 @pytest.mark.parametrize("script", ["run", "report", "plan"])

@@ -92,7 +92,7 @@ def test_a_state_of_before_an_option_existed_loads() -> None:
 
 def observe(rates: list[float], lrs: list[float]) -> list[str]:
     watch = FlipWatch()
-    return [said for rate, lr in zip(rates, lrs, strict=True) if (said := watch.observe(rate, lr)) is not None]
+    return [said for rate, lr in zip(rates, lrs, strict=True) if (said := watch.observe(rate, lr, 40)) is not None]
 
 
 def test_a_rate_that_rises_in_the_warm_up_and_then_falls_is_healthy() -> None:
@@ -114,6 +114,12 @@ def test_staying_high_while_the_learning_rate_falls_is_said_once() -> None:
     (said,) = observe(rates, lrs)
     assert "near its highest" in said
     assert observe(rates, [1.0] * 30) == []
+
+
+def test_rates_over_different_numbers_of_steps_are_not_compared() -> None:
+    watch = FlipWatch()
+    said = [watch.observe(rate, 1.0, every) for rate, every in [(0.02, 10)] * 2 * WINDOW + [(0.08, 40)] * 2 * WINDOW]
+    assert said == [None] * 4 * WINDOW
 
 
 def test_an_explosion_in_training_is_logged(caplog: pytest.LogCaptureFixture) -> None:
