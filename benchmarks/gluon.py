@@ -266,7 +266,7 @@ def compile_(name: str) -> None:
 
 
 def replayed(runs: dict[str, Callable[[], Any]], n: int) -> dict[str, list[float]]:
-    """`in_turns` of the GPU's time alone, ms a call: a CUDA graph holds n calls of each, and none waits for the host."""
+    """`in_turns` of the GPU's time alone, ms a call: a CUDA graph holds n calls, and none waits for the host."""
     graphs: dict[str, Callable[[], Any]] = {}
     for name, run in runs.items():
         graph = torch.cuda.CUDAGraph()

@@ -1,7 +1,7 @@
 """The arms of the quality runs: the method, its ablations, and trials of ideas that may close its gap to dense."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 REFRESH_EVERY = 40
@@ -18,6 +18,9 @@ class Arm:
     later              {step: options that change from that step on}, ascending; a step of the optimizer, from 0
     decay_follows_lr   the decay in force is that of the options times learning rate / peak learning rate
     saliency           masks keep the largest |w| * v^saliency, v being Adam's second moment; 0: |w|, by the product
+    hysteresis         in the search of masks, a weight that is kept counts 1 + hysteresis times
+    pruned_start       what the masks leave out is set to zero when the dense end begins
+    lr_scale           learning rate of feed-forward weights over that of the others
     half               feed-forward layers of half the width
     """
 
@@ -25,7 +28,14 @@ class Arm:
     later: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     decay_follows_lr: bool = False
     saliency: float = 0.0
+    hysteresis: float = 0.0
+    pruned_start: bool = False
+    lr_scale: float = 1.0
     half: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What differs from the defaults, for the record."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default and v != {}}
 
     def options_at(self, step: int) -> dict[str, Any]:
         """The options in force in the optimizer step `step`."""
@@ -58,18 +68,27 @@ def ablations(decay: float, steps: int) -> dict[str, Arm]:
 
 
 def trials(decay: float, steps: int, refresh_every: int) -> dict[str, Arm]:
-    """FST with one thing changed, and last with the first two together. refresh_every: what FST has."""
+    """FST with one thing changed, and some with two or three of them. refresh_every: what FST has."""
     fst, often, seldom = _fst(decay, steps), max(1, refresh_every // 4), 4 * refresh_every
+    third, more = {"dense_after": steps - steps // 3}, {"decay": 10 * decay}
+    frozen = {steps // 4: {"refresh_every": 10 * steps}}
     mvue_off = {steps * 2 // 3: {"wgrad": "dense"}}
     grows = {steps // 6: {"refresh_every": refresh_every}, steps // 2: {"refresh_every": seldom}}
     return {
         "decay-by-lr": Arm(fst, decay_follows_lr=True),
         "mvue-off-late": Arm(fst, later=mvue_off),
         "refresh-grows": Arm({**fst, "refresh_every": often}, later=grows),
-        "dense-third": Arm({**fst, "dense_after": steps - steps // 3}),
+        "dense-third": Arm({**fst, **third}),
         "saliency-v4": Arm(fst, saliency=1 / 4),
         "saliency-v2": Arm(fst, saliency=1 / 2),
         "combined": Arm(fst, later=mvue_off, decay_follows_lr=True),
+        "decay-3": Arm({**fst, "decay": 3 * decay}),
+        "decay-10": Arm({**fst, **more}),
+        "frozen": Arm({**fst, **more}, later=frozen),
+        "hysteresis": Arm(fst, hysteresis=0.2),
+        "pruned-start": Arm(fst, pruned_start=True),
+        "faster-ffn": Arm(fst, lr_scale=1.5),
+        "steady": Arm({**fst, **more, **third}, later={steps // 3: {"wgrad": "dense"}}),
     }
 
 

@@ -226,7 +226,7 @@ class Images:
 # ---------------------------------------------------------------------------------------------------------- translation
 
 SEPARATORS = 16
-DICTIONARIES = 4
+DICTIONARIES = 16  # with fewer, and fewer words, all are known by heart long before the end
 
 
 class Translation:

@@ -39,7 +39,7 @@ SIZES = {
     },
     "bert": {
         "tiny": Size(64, 1, 32, 16, 512, 60, 3e-3),
-        "small": Size(384, 10, 128, 128, 8192, 2000, 1e-3),
+        "small": Size(384, 10, 128, 128, 8192, 4000, 1e-3),  # learns little but words' frequencies for 1500 steps
         "base": Size(768, 12, 512, 64, 30592, 6000, 4e-4),  # BERT-base; 197M tokens
     },
     "vit": {
@@ -49,7 +49,7 @@ SIZES = {
     },
     "translation": {
         "tiny": Size(64, 1, 32, 16, 64, 60, 3e-3),
-        "small": Size(384, 5, 64, 256, 2048, 2000, 1e-3),
+        "small": Size(384, 5, 64, 256, 8192, 2000, 1e-3),
         "base": Size(768, 6, 128, 128, 8192, 10000, 4e-4),
     },
 }

@@ -45,6 +45,13 @@ MEANING = {
     "saliency-v4": "masks by abs(w) v^(1/4), v being Adam's second moment",
     "saliency-v2": "masks by abs(w) v^(1/2)",
     "combined": "decay proportional to the learning rate, and MVUE off late",
+    "decay-3": "3 times the decay",
+    "decay-10": "10 times the decay",
+    "frozen": "10 times the decay, masks kept from a quarter of the steps on",
+    "hysteresis": "a weight that is kept counts 1.2 times in the search of masks",
+    "pruned-start": "what the masks leave out set to zero when the dense end begins",
+    "faster-ffn": "1.5 times the learning rate in feed-forward layers",
+    "steady": "10 times the decay, MVUE off from a third of the steps on, the last third dense",
 }
 #: How far FST may be from dense, as a share of the loss or, where the least loss is known, of the accuracy.
 CLAIM = 0.005

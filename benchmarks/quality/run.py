@@ -92,7 +92,7 @@ def search_decay(family: Family, args: argparse.Namespace, common: dict[str, Any
 
 
 def train(name: str, arm: Arm, family: Family, args: argparse.Namespace) -> None:
-    settings = {**args.settings, "arm": name, **json.loads(json.dumps(asdict(arm)))}
+    settings = {**args.settings, "arm": name, **json.loads(json.dumps(arm.settings()))}
     result, checkpoint = args.out / f"{args.name}_{name}.json", args.work / f"{args.name}_{name}.pt"
     if result.exists():
         expect_same(json.loads(result.read_text())["settings"], settings, result)

@@ -42,7 +42,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = family.model(arm.half)
         self.session = sparse24.session(self.model)
-        self.optimizer = optimizer_of(self.model, args.lr)
+        self.optimizer = optimizer_of(self.model, args.lr, arm.lr_scale)
         self.options: dict[str, Any] = {}
         self.apart: list[float] = []  # seconds of steps that compile, or count flips that training has no use for
         self.prepare()
@@ -57,7 +57,7 @@ class Run:
         self.options = self.arm.options_at(step)
         if self.arm.decay_follows_lr:
             self.options["decay"] *= lr_factor(self.args, step)
-        if self.arm.saliency:
+        if self.arm.saliency or self.arm.hysteresis:
             self.options["refresh_every"] = self.args.steps + 1  # never: `search_masks` is in its place
         if self.options != before:
             recipe = Recipe.from_options(self.options)
@@ -74,6 +74,8 @@ class Run:
         record, options, device = self.record, self.options, self.family.device
         refreshes = (record.step + 1) % self.arm.options_at(record.step)["refresh_every"] == 0
         counts = refreshes and (options.get("virtual_flips") or options.get("recipe") == "s-ste")
+        ends = self.arm.pruned_start and record.step + 1 == options.get("dense_after")
+        masks = [(w.param, w.mask().clone()) for w in self.session.weights.values() if w.sparse] if ends else []
         apart = self.compiles_next or counts
         if apart:
             wait(device)
@@ -85,10 +87,13 @@ class Run:
             record.compile_seconds += self.apart[-1] if self.compiles_next else 0.0
         record.step += 1
         if refreshes:
-            if self.arm.saliency:
-                search_masks(self.session, self.optimizer, self.arm.saliency)
+            if self.arm.saliency or self.arm.hysteresis:
+                search_masks(self.session, self.optimizer, self.arm)
             if options.get("virtual_flips") or self.session.phase == "sparse":
                 record.flips.append([record.step, self.session.flip_rate()])
+        with torch.no_grad():
+            for param, mask in masks:
+                param.mul_(mask)  # the dense end begins with the function that the sparse model is
         self.compiles_next = False
         self.prepare()
         return loss
@@ -123,12 +128,12 @@ class Run:
         self.prepare()
 
 
-def search_masks(session: sparse24.Session, optimizer: torch.optim.Optimizer, power: float) -> None:
-    """Masks that keep the largest |w| * v^power of every tile, v being Adam's second moment, in the product's place."""
+def search_masks(session: sparse24.Session, optimizer: torch.optim.Optimizer, arm: Arm) -> None:
+    """Masks that keep what counts the most by the arm's saliency and hysteresis, in place of the product's."""
     sparse = [weight for weight in session.weights.values() if weight.sparse]
     for weight in sparse:
         v = optimizer.state[weight.param]["exp_avg_sq"]
-        mask = best_mask(weight.param.detach().abs() * v**power)
+        mask = best_mask(weight.param.detach().abs() * v**arm.saliency * (1 + arm.hysteresis * weight.mask()))
         weight.flips = int((mask ^ weight.mask()).sum())
         for operand in weight.operands.values():
             operand.put_mask(weight, layout.nibbles_from_mask(mask))
@@ -140,10 +145,16 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def optimizer_of(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+def optimizer_of(model: nn.Module, lr: float, lr_scale: float = 1.0) -> torch.optim.Optimizer:
+    """lr_scale: of the learning rate of feed-forward weights."""
+    named = [*model.named_parameters()]
+    matrices = [p for name, p in named if p.dim() > 1 and "feed_forward" not in name]
+    sparse = [p for name, p in named if p.dim() > 1 and "feed_forward" in name]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": 0.1, "scale": 1.0},
+        {"params": sparse, "weight_decay": 0.1, "scale": lr_scale},
+        {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0, "scale": 1.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -163,7 +174,7 @@ def train_step(
 ) -> torch.Tensor:
     """One optimizer step, norm clipped at 1. Waits for no GPU."""
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * lr_factor(args, step)
+        group["lr"] = args.lr * lr_factor(args, step) * group["scale"]
     with autocast(family.device):
         loss, _ = model(*family.batch(args.seed, step))
     loss.backward()

@@ -68,8 +68,12 @@ def test_every_arm_trains_and_the_report_says_what_was_saved(tmp_path: Path, tra
             assert refreshes == to_the_end, arm
         elif arm == "refresh-grows":
             assert refreshes == (1, 2, 3, 4, 5, 6, 9, 12, 15, 24)  # every 1 to step 5, every 12 from 15 on
+        elif arm == "frozen":
+            assert refreshes == (3, 6)
         else:
-            assert refreshes == tuple(r for r in to_the_end if r < (20 if arm == "dense-third" else 25)), arm
+            assert refreshes == tuple(r for r in to_the_end if r < (20 if arm in ("dense-third", "steady") else 25)), (
+                arm
+            )
         assert any(rate > 0 for _, rate in result["flips"]), arm
         dense = arm in ("dense", "half")
         assert result["sparse_weights"] == (0 if dense else 2) and result["error"] is None
@@ -243,6 +247,39 @@ def test_masks_by_saliency_keep_the_largest_and_are_packed(tmp_path: Path, modul
                 )
                 assert torch.equal(packed, weight.param * weight.mask())
     assert 0 < one.record.flips[0][1] < 0.5
+
+
+def test_hysteresis_favours_what_is_kept_and_a_pruned_start_keeps_the_function(tmp_path: Path, module: Any) -> None:
+    from sparse24.kernels.reference import best_mask
+
+    run, training, arms = module("run"), module("training"), module("arms")
+    args = run.parse(tiny("vit", tmp_path, tmp_path, "--steps", "12"))
+    family = module("families").Family("vit", args.size, tmp_path, 0, torch.device("cpu"))
+    common = {"refresh_every": 3, "when": "always", "inner": "eager", "decay": 0.0, "dense_after": 4}
+    one = training.Run(family, args, arms.Arm(common, hysteresis=0.5, pruned_start=True))
+    first = {name: w.mask().clone() for name, w in one.session.weights.items() if w.reason_skipped is None and w.sparse}
+    for _ in range(3):
+        one.step()
+        first = first or {name: w.mask().clone() for name, w in one.session.weights.items() if w.sparse}
+    sparse = {name: w for name, w in one.session.weights.items() if w.sparse}
+    masks = {name: w.mask().clone() for name, w in sparse.items()}
+    for name, weight in sparse.items():
+        assert torch.equal(masks[name], best_mask(weight.param.detach().abs() * (1 + 0.5 * first[name])))
+        assert (weight.param[~masks[name]] != 0).any()
+    one.step()  # the last sparse one
+    assert one.session.phase == "dense"
+    for name, weight in sparse.items():
+        assert not weight.param[~masks[name]].any() and weight.param[masks[name]].any()
+
+
+def test_feed_forward_weights_may_have_a_learning_rate_of_their_own(module: Any) -> None:
+    families, training = module("families"), module("training")
+    model = families.ViT(families.SIZES["vit"]["tiny"], 128)
+    optimizer = training.optimizer_of(model, 1e-3, 1.5)
+    (group,) = [group for group in optimizer.param_groups if group["scale"] == 1.5]
+    ffn = {p for block in model.blocks for p in (block.feed_forward.up.weight, block.feed_forward.down.weight)}
+    assert set(group["params"]) == ffn
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len([*model.parameters()])
 
 
 def test_the_decay_follows_the_learning_rate(tmp_path: Path, module: Any) -> None:
@@ -425,11 +462,11 @@ def test_a_plan_runs_the_most_important_first_on_all_gpus_and_nothing_twice(plan
     assert what[0] == ["gpt", "0", "text"] and ["vit", "0", "search"] in what[:4]
     assert {gpu for gpu, _ in started[:4]} == {"0", "1"} and {gpu for gpu, _ in started} == {"0", "1"}
     order = [(family, seed, arm) for family, seed, *arms in what for arm in arms]
-    assert len(order) == len(set(order)) == 3 + 2 * 2 * 9 + 2 * 7
+    assert len(order) == len(set(order)) == 3 + 2 * 2 * 9 + 2 * 14
     assert all(order.index(("gpt", s, "fst")) < order.index(("gpt", s, "combined")) for s in "01")
     assert order.index(("gpt", "0", "combined")) < order.index(("gpt", "0", "ste")) < order.index(("gpt", "1", "fst"))
     assert not [jobs for jobs in what if jobs[0] == "vit" and "combined" in jobs] and max(map(len, what)) == 5
-    assert "53 of 53 are done" in said and "missing" not in said
+    assert "67 of 67 are done" in said and "missing" not in said
     assert planned("--families", "gpt", "vit", "--seeds", "0", "1")[0] == []
 
 
