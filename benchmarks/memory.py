@@ -16,12 +16,12 @@ from step import MODELS, Run
 TINY = {"d": 128, "ff": 256, "heads": 2, "layers": 2, "batch": 2, "seq": 64, "vocab": 256}
 
 
-def measure(shape: dict[str, Any], kind: str, layers: str) -> dict[str, Any]:
+def measure(shape: dict[str, Any], kind: str, layers: str, inner: str) -> dict[str, Any]:
     """GiB of this process; nan on a CPU, except for the parts that sparse24 counts itself."""
     import sparse24
 
-    options = {} if kind == "dense" else {"backend": "sparse24", "options": {"when": "always", "layers": layers}}
-    run = Run(dict(shape), options)
+    sparse = {"backend": "sparse24", "options": {"when": "always", "layers": layers, "inner": inner}}
+    run = Run(dict(shape), {"backend": inner} if kind == "dense" else sparse)
     for _ in range(3):
         run.step()
     found = {"resident_gib": float("nan"), "peak_gib": float("nan")}
@@ -42,18 +42,19 @@ def main() -> None:
     p = parser(__doc__, "memory.json")
     p.add_argument("--models", nargs="+", default=["llama-1b-width"], choices=[*MODELS, "tiny"], help="which models")
     p.add_argument("--layers", default="ffn", choices=["ffn", "all"], help="which linears are sparse")
+    p.add_argument("--inner", default="inductor", choices=["inductor", "aot_eager"], help="the compiler behind")
     p.add_argument("--one", nargs=2, metavar=("MODEL", "KIND"), help="measure in this process and print")
     args = p.parse_args()
     if args.one:
         model, kind = args.one
-        print(json.dumps(measure(TINY if model == "tiny" else MODELS[model], kind, args.layers)))
+        print(json.dumps(measure(TINY if model == "tiny" else MODELS[model], kind, args.layers, args.inner)))
         return
     rows: list[dict[str, Any]] = []
     print(environment())
     print(f"{'model':20s} {'kind':8s} {'resident GiB':>12s} {'peak GiB':>9s}  of it")
     for model in args.models:
         for kind in ("dense", "sparse"):
-            command = [sys.executable, __file__, "--one", model, kind, "--layers", args.layers]
+            command = [sys.executable, __file__, "--one", model, kind, "--layers", args.layers, "--inner", args.inner]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             rows.append({"model": model, "kind": kind, "layers": args.layers, **found})
