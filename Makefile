@@ -42,6 +42,7 @@ bench:
 	$(if $(ARGS),,rm -f $(RESULTS)/step*.json)
 	python benchmarks/step.py --layers ffn all --profile --models llama3-8b-width llama-1b-width --out $(RESULTS)/step_llama.json $(ARGS)
 	python benchmarks/step.py --layers ffn --models gpt2-xl-width gpt2-large-width gpt2-medium-width gpt2-small vit-l bert-base --out $(RESULTS)/step_others.json $(ARGS)
+	python benchmarks/step.py --layers ffn --cudagraphs --models gpt2-small vit-l bert-base --out $(RESULTS)/graph_steps.json $(ARGS)
 	for script in gemm ffn models; do python benchmarks/$$script.py --out $(RESULTS)/$$script.json $(ARGS); done
 	for script in pack memory compile_time inference; do python benchmarks/$$script.py --out $(RESULTS)/$$script.json; done
 	python benchmarks/tables.py

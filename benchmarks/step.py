@@ -2,9 +2,11 @@
 
 Both models are compiled by torch.compile, dense and with backend="sparse24"; weights, gradients and AdamW's state are
 bf16. They run in turns of ten steps in one process after two warm seconds each; the sparse turns together are 40 steps
-and so hold one search of the masks. "micro" is the steady forward and backward without the optimizer step.
+and so hold one search of the masks. "micro" is the steady forward and backward without the optimizer step. With
+--cudagraphs forward and backward of both are CUDA graphs: what is left is the GPU's time, also of small models.
 """
 
+import functools
 import gc
 import time
 from typing import Any
@@ -117,6 +119,7 @@ class Run:
         self.data = torch.randint(self.vocab, (self.batch, self.seq), device=DEVICE)
 
     def micro(self) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # nothing without CUDA graphs
         loss = self.compiled(self.data, self.data.roll(-1, 1))
         loss.backward()
         return loss
@@ -154,12 +157,14 @@ def profile(run: Run, top: int = 14) -> dict[str, float]:
     return {name: round(ms, 3) for name, ms in ordered[:top]} | {"all kernels": round(sum(kernels.values()), 3)}
 
 
-def compare(name: str, layers: str, options: dict[str, Any], with_profile: bool) -> dict[str, Any]:
+def compare(name: str, layers: str, when: str, cudagraphs: bool, with_profile: bool) -> dict[str, Any]:
     torch._dynamo.reset()
     import sparse24
 
-    dense = Run(MODELS[name], {})
-    sparse = Run(MODELS[name], {"backend": "sparse24", "options": {"layers": layers, **options}})
+    inductor = {"triton.cudagraphs": True} if cudagraphs else {}
+    options = {"layers": layers, "when": when, "inductor": inductor}
+    dense = Run(MODELS[name], {"options": inductor} if cudagraphs else {})
+    sparse = Run(MODELS[name], {"backend": "sparse24", "options": options})
     seconds = {}
     for key, run in (("dense", dense), ("sparse", sparse)):
         start = time.perf_counter()
@@ -177,9 +182,15 @@ def compare(name: str, layers: str, options: dict[str, Any], with_profile: bool)
     for _ in range(4):
         for key, run in (("dense", dense), ("sparse", sparse)):
             times[key].append(timed(run.step, 10))
+
+    def steady(run: Run) -> None:
+        run.micro()
+        if cudagraphs:  # the next replay writes where these gradients are
+            run.optimizer.zero_grad(set_to_none=True)
+
     for _ in range(3):
         for key, run in (("dense", dense), ("sparse", sparse)):
-            micro[key].append(timed(run.micro, 3))
+            micro[key].append(timed(functools.partial(steady, run), 3))
             run.optimizer.zero_grad(set_to_none=True)
     mean = {key: sum(values) / len(values) for key, values in times.items()}
     result = {
@@ -208,9 +219,10 @@ def main() -> None:
     p.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="which models")
     p.add_argument("--layers", nargs="+", default=["ffn", "all"], help="which linears are sparse")
     p.add_argument("--when", default="faster", choices=["faster", "always"], help="the recipe's option")
+    p.add_argument("--cudagraphs", action="store_true", help="compile both into CUDA graphs")
     p.add_argument("--profile", action="store_true", help="add the time of each kernel")
     args = p.parse_args()
-    rows = Rows(args.out, ("model", "layers"), args.resume, when=args.when)
+    rows = Rows(args.out, ("model", "layers"), args.resume, when=args.when, cudagraphs=args.cudagraphs)
     print(environment())
     print(
         f"{'model':20s} {'layers':6s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'micro':>6s}  sparse weights",
@@ -220,7 +232,7 @@ def main() -> None:
         for layers in args.layers:
             if (name, layers) in rows:
                 continue
-            row = compare(name, layers, {"when": args.when}, args.profile)
+            row = compare(name, layers, args.when, args.cudagraphs, args.profile)
             print(
                 f"{name:20s} {layers:6s} {row['dense_ms']:9.2f} {row['sparse_ms']:9.2f} {row['ratio']:6.3f} "
                 f"{row['micro_ratio']:6.3f}  {row['sparse_weights']}",
