@@ -5,9 +5,10 @@
     python benchmarks/quality/plan.py --seconds 590 -- --out DIR --work DIR  options of run.py
 
 Given again, it goes on: what has its result is left out, and what was stopped goes on from its checkpoint. The order is
-the text's tokens, the searches of lambda, dense and FST of all families, the trials, the other ablations; then the same
-of the next seed. Arms of one family and seed share a process of run.py. Where a GPU has several processes, the results
-say so (--shared), and nobody compares their times. Logs are in the folder `logs` of run.py's --work.
+the text's tokens (without a GPU, beside all else), the searches of lambda, dense and FST of all families, the trials,
+the other ablations; then the same of the next seed. Arms of one family and seed share a process of run.py. Where a GPU
+has several processes, the results say so (--shared), and nobody compares their times. Logs are in the folder `logs` of
+run.py's --work.
 """
 
 import argparse
@@ -94,7 +95,7 @@ class Plan:
 
 
 class Process:
-    """run.py at work on jobs of one family and seed."""
+    """run.py at work on jobs of one family and seed. gpu: "" where it needs none."""
 
     def __init__(self, plan: Plan, jobs: list[Job], gpu: str) -> None:
         self.jobs, self.gpu, self.began = jobs, gpu, time.monotonic()
@@ -127,7 +128,7 @@ class Process:
         last = next((line for line in reversed(lines) if line.strip()), "")
         code = self.process.returncode
         how = "done" if code == 0 else f"FAILED with exit code {code}, see {self.log}"
-        return f"gpu {self.gpu}: {self.name}: {how} after {time.monotonic() - self.began:.0f} s: {last}"
+        return f"gpu {self.gpu or '-'}: {self.name}: {how} after {time.monotonic() - self.began:.0f} s: {last}"
 
 
 class Schedule:
@@ -153,13 +154,16 @@ class Schedule:
         return [job for job in alike if job.what != SEARCH and self.plan.ready(job)][: self.args.batch]
 
     def fill(self) -> None:
-        """Start what can be, on the GPU with the fewest processes."""
-        while self.left_s > WORTH_STARTING_S and len(self.running) < len(self.args.devices) * self.args.per_gpu:
+        """Start what can be: texts without a GPU and beside all else, the others on the GPU with the fewest of them."""
+        while self.left_s > WORTH_STARTING_S:
             jobs = self.next()
-            if not jobs:
-                return
             load = {gpu: sum(process.gpu == gpu for process in self.running) for gpu in self.args.devices}
-            self.running.append(Process(self.plan, jobs, min(load, key=lambda gpu: load[gpu])))
+            least = min(load, key=lambda gpu: load[gpu])
+            if jobs and jobs[0].what == TEXT:
+                least = ""
+            elif not jobs or load[least] >= self.args.per_gpu:
+                return
+            self.running.append(Process(self.plan, jobs, least))
 
     def collect(self) -> int:
         """Say which processes ended, and how many. Of one that failed the first unfinished job is not tried again."""
@@ -210,7 +214,7 @@ class Schedule:
 def read(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--gpus", type=int, default=2, help="GPUs to use; where CUDA_VISIBLE_DEVICES is set, its first ones")
-    p.add_argument("--per-gpu", type=int, help="processes that share a GPU (default: 3 at the small scale, else 1)")
+    p.add_argument("--per-gpu", type=int, help="processes that share a GPU (default: 5 at the small scale, else 1)")
     p.add_argument(
         "--seconds", type=float, required=True, help="time for all of it, the writing of checkpoints included"
     )
@@ -223,7 +227,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("options", nargs="*", metavar="-- OPTION", help="options of run.py, for all runs")
     args = p.parse_args(argv)
     base = args.scale == "base"
-    args.per_gpu = args.per_gpu or (1 if base else 3)
+    args.per_gpu = args.per_gpu or (1 if base else 5)  # a third of a small run is compilation and keeps no GPU busy
     args.families = args.families or (["gpt", "bert"] if base else list(SIZES))
     args.seeds = args.seeds or ([0] if base else [0, 1, 2])
     try:
