@@ -115,6 +115,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     pages = {page.name for page in tmp_path.glob("*.html")}
     assert {"index.html", *(p.with_suffix(".html").name for p in PAGES[1:])} <= pages
+    pictures = re.findall(r'<img[^>]*src="([^"]+)"', (tmp_path / "results.html").read_text())
+    assert pictures and all((tmp_path / picture).is_file() for picture in pictures)
     index = (tmp_path / "index.html").read_text()
     assert 'href="export.html"' in index and "docs/export" not in index and "<!-- setup" not in index
     assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)', index), "the page fetches from a network"
