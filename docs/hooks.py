@@ -10,7 +10,6 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-
 RESULTS = "benchmarks/results/"
 
 
