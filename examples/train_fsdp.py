@@ -115,4 +115,5 @@ if __name__ == "__main__":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     main()
+    dist.barrier()  # none leaves while another still talks to it
     dist.destroy_process_group()

@@ -29,4 +29,5 @@ first_life = os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0" and os.environ["TORC
 if first_life and dist.get_rank() == 1:
     register_optimizer_step_pre_hook(die)
 train_fsdp.main(sys.argv[2:])
+dist.barrier()  # none leaves while another still talks to it
 dist.destroy_process_group()
