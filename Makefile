@@ -39,7 +39,7 @@ sanitize:
 
 # Every number of README and docs anew, on the GPU at hand: over an hour. ARGS=--resume goes on after a run that was cut.
 bench:
-	$(if $(ARGS),,rm -f $(RESULTS)/step*.json)
+	$(if $(ARGS),,rm -f $(RESULTS)/step*.json $(RESULTS)/models*.json)
 	python benchmarks/step.py --layers ffn all --profile --models llama3-8b-width llama-1b-width --out $(RESULTS)/step_llama.json $(ARGS)
 	python benchmarks/step.py --layers ffn --models gpt2-xl-width gpt2-large-width gpt2-medium-width gpt2-small vit-l bert-base --out $(RESULTS)/step_others.json $(ARGS)
 	python benchmarks/step.py --layers ffn --cudagraphs --models gpt2-small vit-l bert-base --out $(RESULTS)/graph_steps.json $(ARGS)

@@ -3,7 +3,7 @@
 Both models are compiled by torch.compile, dense and with backend="sparse24"; weights, gradients and AdamW's state are
 bf16. They run in turns of ten steps in one process after two warm seconds each; the sparse turns together are 40 steps
 and so hold one search of the masks. "micro" is the steady forward and backward without the optimizer step. With
---cudagraphs forward and backward of both are CUDA graphs: what is left is the GPU's time, also of small models.
+--cudagraphs forward and backward of both are CUDA graphs: of small models the host otherwise bounds the step.
 """
 
 import functools

@@ -292,7 +292,8 @@ def inference(saved: Row) -> str:
 def families(*files: Row) -> str:
     """One step of each model family at a real width; models.py may be run for a few at a time."""
     cells = []
-    for row in (row for file in files for row in file["rows"] if "error" not in row):
+    rows = {row["model"]: row for file in files for row in file["rows"] if "error" not in row}  # the last file's counts
+    for row in rows.values():
         times = [f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms", f"{row['ratio']:.2f}"]
         cells.append([row["model"], f"{row['parameters'] / 1e6:.0f}M", str(row["sparse_weights"]), *times])
         cells[-1].append(f"{row['relative_loss_difference']:.0e}")

@@ -29,7 +29,7 @@ class FlipWatch:
     stays high   the learning rate is below half the highest seen, and m is over 0.7 times the highest m seen
 
     A healthy rate falls about as the learning rate does: in the runs of benchmarks/results/quality, dense ones and
-    those without decay among them, m was at most 0.64 of its highest once the learning rate had come down to half, and
+    those without decay among them, m was at most 0.62 of its highest once the learning rate had come down to half, and
     none is called an explosion. Nothing is said where m < `NEGLIGIBLE`, and each of the two once a run; a resumed run,
     and one whose refresh interval changes, is watched anew.
     """

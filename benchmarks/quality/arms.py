@@ -33,6 +33,11 @@ class Arm:
     lr_scale: float = 1.0
     half: bool = False
 
+    @property
+    def own_masks(self) -> bool:
+        """Whether masks are searched by rules of the arm and not by the product."""
+        return bool(self.saliency or self.hysteresis)
+
     def settings(self) -> dict[str, Any]:
         """What differs from the defaults, for the record."""
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default and v != {}}

@@ -99,6 +99,7 @@ class Process:
 
     def __init__(self, plan: Plan, jobs: list[Job], gpu: str) -> None:
         self.jobs, self.gpu, self.began = jobs, gpu, time.monotonic()
+        self.where = f"gpu {gpu}" if gpu else "no gpu"
         first, whats = jobs[0], ",".join(job.what for job in jobs)
         self.name = f"{first.family} {first.seed} {whats}"
         action = {TEXT: ["--prepare"], SEARCH: ["--search-only"]}.get(first.what, ["--arms", whats])
@@ -128,7 +129,7 @@ class Process:
         last = next((line for line in reversed(lines) if line.strip()), "")
         code = self.process.returncode
         how = "done" if code == 0 else f"FAILED with exit code {code}, see {self.log}"
-        return f"gpu {self.gpu or '-'}: {self.name}: {how} after {time.monotonic() - self.began:.0f} s: {last}"
+        return f"{self.where}: {self.name}: {how} after {time.monotonic() - self.began:.0f} s: {last}"
 
 
 class Schedule:
@@ -197,7 +198,7 @@ class Schedule:
         for process in stopped:
             process.stop(now=True)
             process.process.wait()
-            print(f"[{time.monotonic() - self.began:4.0f} s] gpu {process.gpu}: {process.name}: stopped", flush=True)
+            print(f"[{time.monotonic() - self.began:4.0f} s] {process.where}: {process.name}: stopped", flush=True)
 
     def summary(self) -> str:
         missing = [job for job in self.plan.jobs if not self.plan.done(job)]
@@ -227,7 +228,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("options", nargs="*", metavar="-- OPTION", help="options of run.py, for all runs")
     args = p.parse_args(argv)
     base = args.scale == "base"
-    args.per_gpu = args.per_gpu or (1 if base else 5)  # a third of a small run is compilation and keeps no GPU busy
+    args.per_gpu = args.per_gpu or (1 if base else 5)  # while one compiles, others keep the GPU busy
     args.families = args.families or (["gpt", "bert"] if base else list(SIZES))
     args.seeds = args.seeds or ([0] if base else [0, 1, 2])
     try:

@@ -57,7 +57,7 @@ class Run:
         self.options = self.arm.options_at(step)
         if self.arm.decay_follows_lr:
             self.options["decay"] *= lr_factor(self.args, step)
-        if self.arm.saliency or self.arm.hysteresis:
+        if self.arm.own_masks:
             self.options["refresh_every"] = self.args.steps + 1  # never: `search_masks` is in its place
         if self.options != before:
             recipe = Recipe.from_options(self.options)
@@ -87,7 +87,7 @@ class Run:
             record.compile_seconds += self.apart[-1] if self.compiles_next else 0.0
         record.step += 1
         if refreshes:
-            if self.arm.saliency or self.arm.hysteresis:
+            if self.arm.own_masks:
                 search_masks(self.session, self.optimizer, self.arm)
             if options.get("virtual_flips") or self.session.phase == "sparse":
                 record.flips.append([record.step, self.session.flip_rate()])

@@ -67,6 +67,14 @@ def test_what_triton_would_compile_anew_is_compiled_anew(other):
     assert kernel.compiled == 2
 
 
+def test_a_key_takes_the_place_of_looking_at_the_arguments():
+    kernel, x = Kernel(), torch.zeros(64)
+    for n, key in ((32, "a"), (33, "a"), (33, "b")):
+        triton_launch.launch(kernel, (2,), CPU, x, n, key=key, num_warps=4, B=64, A=1)
+    assert kernel.compiled == 2
+    assert [ran[1:] for ran in kernel.ran] == [(x, 32, 1, 64), (x, 33, 1, 64), (x, 33, 1, 64)]
+
+
 def test_an_empty_grid_is_no_launch():
     kernel = Kernel()
     launch(kernel, torch.zeros(64), 32, grid=(2, 0))
