@@ -38,6 +38,10 @@ class Recipe:
                    g += decay * (1 - M) * W. It depends on loss reduction, batch size and optimizer; values from
                    6e-6 to 1e-3 are in use, and 2e-4 is a start for AdamW and a mean loss. 0 turns it off.
                    `sparse24.find_decay` searches it. With "s-ste" it is 0.
+    lr_scale       the learning rate of sparse weights is that of their parameter group times this, also in the dense
+                   end. For Adam-like optimizers the best learning rate of a matrix goes with 1 / fan-in, and 2:4 halves
+                   the fan-in (arXiv 2405.15743), which makes it 2: see docs/results.md for what that gains. The
+                   optimizer's groups, as schedulers, loggers and checkpoints see them, stay as they are.
     decay_on       "gradient"; or "weight" for the original SR-STE form, W -= lr * decay * (1 - M) * W.
     refresh_every  optimizer steps between two searches of the masks; the kept values follow W at every step. With
                    "s-ste": between two counts of flips.
@@ -74,10 +78,14 @@ class Recipe:
     strict: bool = False
     recipe: str = "fst"
     virtual_flips: bool = False
+    lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
         real = isinstance(self.decay, numbers.Real) and not isinstance(self.decay, bool)
         _check("decay", self.decay, real and 0 <= self.decay < float("inf"), "a finite number >= 0")
+        scale = self.lr_scale
+        real = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+        _check("lr_scale", scale, real and 0 < scale < float("inf"), "a finite number > 0")
         _check(
             "refresh_every", self.refresh_every, _is_int(self.refresh_every) and self.refresh_every > 0, "an int >= 1"
         )

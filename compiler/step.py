@@ -1,8 +1,8 @@
 """What happens around an optimizer step, through torch's global optimizer hooks: no change to a training loop.
 
-Before it: masked decay on the gradients of its sparse weights. After it: new values for the packed forms, and at the
-refresh interval new masks, or a count of flips alone where no mask is held fixed (in the dense phase, and S-STE's). A
-step that a GradScaler skips, or a weight that got no gradient, changes nothing.
+Before it: masked decay on the gradients of its sparse weights, and their learning rate (`rates`). After it: new values
+for the packed forms, and at the refresh interval new masks, or a count of flips alone where no mask is held fixed (in
+the dense phase, and S-STE's). A step that a GradScaler skips, or a weight that got no gradient, changes nothing.
 """
 
 import logging
@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from ..kernels import layout, ops
-from . import flips, shards, weights
+from . import flips, rates, shards, weights
 from .operands import check_stats, pack
 from .weights import SparseWeight
 
@@ -81,16 +81,20 @@ def _decay(optimizer: Optimizer) -> None:
         grad = weight.master.grad
         assert grad is not None
         grad = shards.local(grad)
-        on, factor = (block.w, -float(group["lr"]) * decay) if weight.recipe.decay_on == "weight" else (grad, decay)
+        on, factor = grad, decay
+        if weight.recipe.decay_on == "weight":
+            on, factor = block.w, -float(group["lr"]) * rates.scale_of(weight) * decay
         if on is grad and scale is not None:
             factor *= float(scale)
         alike.setdefault((weight.param.device, factor), []).append((on.detach(), block))
     for (_, factor), pairs in alike.items():
         ops.masked_decay_([on for on, _ in pairs], [block for _, block in pairs], factor)
+    rates.split(optimizer)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # where the step is compiled, Dynamo would trace into it
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    rates.restore(optimizer)  # where the step before raised
     waiting, _deferred[:] = list(_deferred), []  # taken first: a caught error must not come again at the next step
     for counts in waiting:
         counts.check()
@@ -112,6 +116,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    rates.restore(optimizer)
     stepped: list[SparseWeight] = _stepping.pop(optimizer, [])
     if not stepped:
         return

@@ -58,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--decay", type=float, default=2e-4, metavar="X", help="decay of the pruned weights, on the gradients"
     )
+    p.add_argument(
+        "--lr-scale",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help="learning rate of sparse weights over that of the others",
+    )
     p.add_argument("--refresh-every", type=int, default=40, metavar="N", help="steps between two searches of the masks")
     p.add_argument(
         "--dense-steps", type=int, metavar="N", help="last steps, trained dense (default: a sixth of --steps)"
@@ -132,6 +139,7 @@ def recipe(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the backend: fields of sparse24.Recipe."""
     return {
         "decay": args.decay,
+        "lr_scale": args.lr_scale,
         "refresh_every": args.refresh_every,
         "dense_after": dense_after(args),
         "wgrad": args.wgrad,

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 REFRESH_EVERY = 40
+#: Learning rate of the sparse weights over that of the others, where an arm scales it.
+LR_SCALE = 2.0
 #: The decay on weights of the original SR-STE.
 SR_DECAY = 2e-4
 TOO_LARGE = 50
@@ -18,9 +20,7 @@ class Arm:
     later              {step: options that change from that step on}, ascending; a step of the optimizer, from 0
     decay_follows_lr   the decay in force is that of the options times learning rate / peak learning rate
     saliency           masks keep the largest |w| * v^saliency, v being Adam's second moment; 0: |w|, by the product
-    hysteresis         in the search of masks, a weight that is kept counts 1 + hysteresis times
-    pruned_start       what the masks leave out is set to zero when the dense end begins
-    lr_scale           learning rate of feed-forward weights over that of the others
+    dense_start        so many steps are dense before the first masks are searched
     half               feed-forward layers of half the width
     """
 
@@ -28,15 +28,8 @@ class Arm:
     later: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     decay_follows_lr: bool = False
     saliency: float = 0.0
-    hysteresis: float = 0.0
-    pruned_start: bool = False
-    lr_scale: float = 1.0
+    dense_start: int = 0
     half: bool = False
-
-    @property
-    def own_masks(self) -> bool:
-        """Whether masks are searched by rules of the arm and not by the product."""
-        return bool(self.saliency or self.hysteresis)
 
     def settings(self) -> dict[str, Any]:
         """What differs from the defaults, for the record."""
@@ -62,6 +55,7 @@ def ablations(decay: float, steps: int) -> dict[str, Arm]:
     return {
         "dense": Arm(dense),
         "fst": Arm(fst),
+        "fst-lr": Arm({**fst, "lr_scale": LR_SCALE}),
         "fst-sparse-end": Arm({**fst, **sparse_end}),
         "fst-dense-wgrad": Arm({**fst, "wgrad": "dense"}),
         "decay-too-large": Arm({**fst, "decay": TOO_LARGE * decay}),
@@ -75,8 +69,7 @@ def ablations(decay: float, steps: int) -> dict[str, Arm]:
 def trials(decay: float, steps: int, refresh_every: int) -> dict[str, Arm]:
     """FST with one thing changed, and some with two or three of them. refresh_every: what FST has."""
     fst, often, seldom = _fst(decay, steps), max(1, refresh_every // 4), 4 * refresh_every
-    third, more = {"dense_after": steps - steps // 3}, {"decay": 10 * decay}
-    frozen = {steps // 4: {"refresh_every": 10 * steps}}
+    third, faster = {"dense_after": steps - steps // 3}, {**fst, "lr_scale": LR_SCALE}
     mvue_off = {steps * 2 // 3: {"wgrad": "dense"}}
     grows = {steps // 6: {"refresh_every": refresh_every}, steps // 2: {"refresh_every": seldom}}
     return {
@@ -87,13 +80,12 @@ def trials(decay: float, steps: int, refresh_every: int) -> dict[str, Arm]:
         "saliency-v4": Arm(fst, saliency=1 / 4),
         "saliency-v2": Arm(fst, saliency=1 / 2),
         "combined": Arm(fst, later=mvue_off, decay_follows_lr=True),
-        "decay-3": Arm({**fst, "decay": 3 * decay}),
-        "decay-10": Arm({**fst, **more}),
-        "frozen": Arm({**fst, **more}, later=frozen),
-        "hysteresis": Arm(fst, hysteresis=0.2),
-        "pruned-start": Arm(fst, pruned_start=True),
-        "faster-ffn": Arm(fst, lr_scale=1.5),
-        "steady": Arm({**fst, **more, **third}, later={steps // 3: {"wgrad": "dense"}}),
+        "lr-dense-start": Arm(faster, dense_start=steps // 10),
+        "lr-dense-third": Arm({**faster, **third}),
+        "lr-dense-wgrad": Arm({**faster, "wgrad": "dense"}),
+        "lr-sparse-end": Arm({**faster, "dense_after": None}),
+        "lr-more": Arm({**fst, "lr_scale": 1.5 * LR_SCALE}),
+        "lr-s-ste": Arm({"dense_after": None, "recipe": "s-ste", "lr_scale": LR_SCALE}),
     }
 
 

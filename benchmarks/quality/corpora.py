@@ -226,7 +226,7 @@ class Images:
 # ---------------------------------------------------------------------------------------------------------- translation
 
 SEPARATORS = 16
-DICTIONARIES = 16  # with fewer, and fewer words, all are known by heart long before the end
+DICTIONARIES = 4  # of 16 a run learns nothing but frequencies for half its steps, and when it goes on is chance
 
 
 class Translation:

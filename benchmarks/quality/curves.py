@@ -55,12 +55,12 @@ def figure(path: Path, curves: Callable[[Any], None]) -> None:
     path.chmod(0o644)
 
 
-def searched(folder: Path, family: str, scale: str, pictures: Path, document: Path) -> list[str]:
-    """The evidence of each search of lambda, drawn."""
+def searched(folder: Path, kind: str, pictures: Path, document: Path) -> list[str]:
+    """The evidence of the search of lambda for runs of a kind, drawn."""
     from sparse24.compiler.find_decay import plot
 
     lines = []
-    for path in folder.glob(f"{family}_{scale}_decay.json"):
+    for path in folder.glob(f"{kind}_decay.json"):
         evidence = json.loads(path.read_text())
         if evidence["dense"] is None:
             continue

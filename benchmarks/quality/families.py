@@ -34,8 +34,8 @@ class Size:
 SIZES = {
     "gpt": {
         "tiny": Size(64, 1, 32, 8, 512, 60, 3e-3),
-        "small": Size(384, 10, 256, 64, 8192, 2000, 1e-3),
-        "base": Size(768, 12, 1024, 32, 50304, 6000, 6e-4),  # GPT-2 124M; 197M tokens
+        "small": Size(384, 10, 256, 64, 8192, 2000, 2e-3),
+        "base": Size(768, 12, 1024, 32, 50304, 4500, 1e-3),  # GPT-2 124M; 147M tokens
     },
     "bert": {
         "tiny": Size(64, 1, 32, 16, 512, 60, 3e-3),
@@ -49,10 +49,15 @@ SIZES = {
     },
     "translation": {
         "tiny": Size(64, 1, 32, 16, 64, 60, 3e-3),
-        "small": Size(384, 5, 64, 256, 8192, 2000, 1e-3),
+        "small": Size(384, 5, 64, 256, 8192, 3000, 1e-3),
         "base": Size(768, 6, 128, 128, 8192, 10000, 4e-4),
     },
 }
+
+
+def kind(family: str, scale: str, lr: float) -> str:
+    """What the files of runs that compare are named by: another learning rate than the scale's is named too."""
+    return f"{family}_{scale}" + (f"_lr{lr:g}" if lr != SIZES[family][scale].lr else "")
 
 
 class Attention(nn.Module):

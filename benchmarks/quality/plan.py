@@ -29,7 +29,7 @@ from run import known_decay, parse
 
 GRACE_S = 20.0  # for the checkpoints of what is stopped
 WORTH_STARTING_S = 45.0
-ALWAYS = ("dense", "fst")
+ALWAYS = ("dense", "fst", "fst-lr")
 TEXT, SEARCH = "text", "search"
 
 
@@ -223,7 +223,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--families", nargs="+", choices=list(SIZES), help="(default: all, at the base scale gpt and bert)")
     p.add_argument("--trial-families", nargs="*", choices=list(SIZES), default=["gpt"], help="that meet the trials")
     p.add_argument("--seeds", nargs="+", type=int, help="(default: 0 1 2, at the base scale 0)")
-    p.add_argument("--arms", help="as run.py has them (default: all, at the base scale dense,fst)")
+    p.add_argument("--arms", help="as run.py has them (default: all, at the base scale dense,fst-lr)")
     p.add_argument("--batch", type=int, default=3, help="arms that share a process at most")
     p.add_argument("options", nargs="*", metavar="-- OPTION", help="options of run.py, for all runs")
     args = p.parse_args(argv)
@@ -232,7 +232,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     args.families = args.families or (["gpt", "bert"] if base else list(SIZES))
     args.seeds = args.seeds or ([0] if base else [0, 1, 2])
     try:
-        args.arms = named(args.arms or ("dense,fst" if base else "all"))
+        args.arms = named(args.arms or ("dense,fst-lr" if base else "all"))
     except ValueError as error:
         p.error(f"--arms: {error}")
     there = torch.cuda.device_count()

@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from arms import ABLATIONS, ARMS, TOO_LARGE, TRIALS
+from arms import ABLATIONS, ARMS, LR_SCALE, TOO_LARGE, TRIALS
 from curves import Results, draw, draw_flips, image, searched
+from families import SIZES, kind
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- made by benchmarks/quality/report.py -->", "<!-- end -->"
@@ -31,6 +32,7 @@ SCALES = {"tiny": "tiny", "small": "about 20M parameters", "base": "the size of 
 MEANING = {
     "dense": "dense",
     "fst": "FST: 2:4 with masked decay and MVUE, the last sixth dense",
+    "fst-lr": f"FST with {LR_SCALE:g} times the learning rate in sparse layers (`lr_scale`)",
     "fst-sparse-end": "FST without the dense end: the final model is 2:4",
     "fst-dense-wgrad": "FST with dense weight gradients (no MVUE)",
     "decay-too-large": f"FST with {TOO_LARGE} times the decay",
@@ -45,13 +47,12 @@ MEANING = {
     "saliency-v4": "masks by abs(w) v^(1/4), v being Adam's second moment",
     "saliency-v2": "masks by abs(w) v^(1/2)",
     "combined": "decay proportional to the learning rate, and MVUE off late",
-    "decay-3": "3 times the decay",
-    "decay-10": "10 times the decay",
-    "frozen": "10 times the decay, masks kept from a quarter of the steps on",
-    "hysteresis": "a weight that is kept counts 1.2 times in the search of masks",
-    "pruned-start": "what the masks leave out set to zero when the dense end begins",
-    "faster-ffn": "1.5 times the learning rate in feed-forward layers",
-    "steady": "10 times the decay, MVUE off from a third of the steps on, the last third dense",
+    "lr-dense-start": f"`lr_scale` {LR_SCALE:g}, and the first tenth dense",
+    "lr-dense-third": f"`lr_scale` {LR_SCALE:g}, and the last third dense",
+    "lr-dense-wgrad": f"`lr_scale` {LR_SCALE:g}, and dense weight gradients",
+    "lr-sparse-end": f"`lr_scale` {LR_SCALE:g}, without the dense end",
+    "lr-more": f"`lr_scale` {1.5 * LR_SCALE:g}",
+    "lr-s-ste": f"S-STE with `lr_scale` {LR_SCALE:g}",
 }
 #: How far FST may be from dense, as a share of the loss or, where the least loss is known, of the accuracy.
 CLAIM = 0.005
@@ -64,22 +65,26 @@ ORDER = (
     ("fst", "ste"),
     ("fst", "half"),
 )
+#: Arms whose claim is judged.
+FST = ("fst", "fst-lr")
 
 
-def load(folder: Path) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
-    """{(family, scale): {arm: results}}, all in the order of NAMES, SCALES and ARMS."""
-    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+def load(folder: Path) -> dict[tuple[str, str, float], dict[str, list[dict[str, Any]]]]:
+    """{(family, scale, learning rate): {arm: results}}, in the order of NAMES, SCALES and ARMS; the scale's own
+    learning rate comes first.
+    """
+    found: dict[tuple[str, str, float], dict[str, list[dict[str, Any]]]] = {}
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if not path.stem.endswith("_decay")]
+    files.sort(key=lambda file: (own_lr(*where(file)), file["settings"]["lr"]))
     for family in NAMES:
         for scale in SCALES:
             for arm in ARMS:
                 for file in files:
-                    s = file["settings"]
-                    if (s["family"], s["scale"], s["arm"]) == (family, scale, arm):
-                        found.setdefault((family, scale), {}).setdefault(arm, []).append(file)
+                    if (*where(file)[:2], file["settings"]["arm"]) == (family, scale, arm):
+                        found.setdefault(where(file), {}).setdefault(arm, []).append(file)
     if not found:
         raise SystemExit(f"found no result in {folder}: run benchmarks/quality/run.py first")
-    for (family, scale), results in found.items():
+    for (family, scale, _), results in found.items():
         runs = [run for arm in results.values() for run in arm]
         for what, values in (
             ("data", {json.dumps(run["data"], sort_keys=True) for run in runs}),
@@ -91,6 +96,16 @@ def load(folder: Path) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]
                     "compare; keep those of one in the folder"
                 )
     return found
+
+
+def where(file: dict[str, Any]) -> tuple[str, str, float]:
+    s = file["settings"]
+    return s["family"], s["scale"], s["lr"]
+
+
+def own_lr(family: str, scale: str, lr: float) -> bool:
+    """False, which sorts first, where it is the scale's own."""
+    return kind(family, scale, lr) != kind(family, scale, SIZES[family][scale].lr)
 
 
 def table(results: Results) -> str:
@@ -150,15 +165,16 @@ def over(results: Results, arm: str, base: str) -> str:
 
 
 def trials(results: Results) -> str:
-    """One row a trial, beside FST; "" where there is none."""
+    """One row a trial, beside the FST that it changes; "" where there is none."""
     if not any(arm in results for arm in TRIALS):
         return ""
-    lines = ["| FST, changed | over dense | over FST | better than FST |", "|---|---|---|---|"]
-    for arm in ("fst", *TRIALS):
+    lines = ["| FST, changed | over dense | over FST, with `lr_scale` where it has one | better |", "|---|---|---|---|"]
+    for arm in (*FST, *TRIALS):
         if arm in results:
-            found = pairs(results, arm, "fst")
+            base = "fst-lr" if arm.startswith("lr-") else "fst"
+            found = pairs(results, arm, base)
             better = f"in {sum(loss < other for loss, other in found)} of {len(found)} seeds"
-            more = ["", ""] if arm == "fst" else [over(results, arm, "fst"), better if found else ""]
+            more = ["", ""] if arm in FST else [over(results, arm, base), better if found else ""]
             lines.append("| " + " | ".join([MEANING[arm], over(results, arm, "dense"), *more]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -167,22 +183,23 @@ def claims(results: Results) -> list[str]:
     """Sentences: is FST as good as dense at equal steps, is it ahead at equal time, are the ablations in order."""
     said = []
     by_loss = "least_loss" not in (results.get("dense") or results.get("fst") or [{"data": {}}])[0]["data"]
-    found = pairs(results, "fst", "dense", 2 if by_loss else 3)
-    if found:
-        ratio = mean(number / base - 1 for number, base in found)
-        holds = ratio <= CLAIM if by_loss else ratio >= -CLAIM
-        said.append(
-            f"At equal steps FST's {'loss' if by_loss else 'accuracy'} is {100 * ratio:+.2f}% from that of dense: the "
-            f"claim of {100 * CLAIM:g}% {'holds' if holds else 'DOES NOT HOLD'}."
-        )
-    for one, two in timed_pairs(results):
-        ends = [run["held_out"][-1][1] for run in (one, two)]
-        fst, dense = (loss_at(run, min(ends)) for run in (one, two))
-        said.append(
-            f"Seed {one['settings']['seed']}: the steps of FST take {ends[0] / ends[1]:.3f} times as long as those of "
-            f"dense; at equal time ({min(ends):.0f} s) FST is at {fst:.4f} and dense at {dense:.4f}, the slower one "
-            "not yet at the end of its schedule."
-        )
+    for arm, name in zip(FST, ("FST", "FST with `lr_scale`"), strict=True):
+        found = pairs(results, arm, "dense", 2 if by_loss else 3)
+        if found:
+            ratio = mean(number / base - 1 for number, base in found)
+            holds = ratio <= CLAIM if by_loss else ratio >= -CLAIM
+            said.append(
+                f"At equal steps the {'loss' if by_loss else 'accuracy'} of {name} is {100 * ratio:+.2f}% from that of "
+                f"dense: the claim of {100 * CLAIM:g}% {'holds' if holds else 'DOES NOT HOLD'}."
+            )
+        for one, two in timed_pairs(results, arm):
+            ends = [run["held_out"][-1][1] for run in (one, two)]
+            fst, dense = (loss_at(run, min(ends)) for run in (one, two))
+            said.append(
+                f"Seed {one['settings']['seed']}: the steps of {name} take {ends[0] / ends[1]:.3f} times as long as "
+                f"those of dense; at equal time ({min(ends):.0f} s) it is at {fst:.4f} and dense at {dense:.4f}, the "
+                "slower one not yet at the end of its schedule."
+            )
     known = [arm for arm in ABLATIONS if arm == "dense" or pairs(results, arm, "dense")]
     if len(known) > 2:
         gap = {arm: mean([a - b for a, b in pairs(results, arm, "dense")]) for arm in known if arm in results}
@@ -202,15 +219,15 @@ def claims(results: Results) -> list[str]:
     return said
 
 
-def timed_pairs(results: Results) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(FST, dense) of one seed, each alone on a GPU of one kind."""
+def timed_pairs(results: Results, arm: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(the arm, dense) of one seed, each alone on a GPU of one kind."""
     alone = [
         {
             run["settings"]["seed"]: run
-            for run in results.get(arm, [])
+            for run in results.get(name, [])
             if not run["settings"]["shared"] | bool(run["error"])
         }
-        for arm in ("fst", "dense")
+        for name in (arm, "dense")
     ]
     both = [(alone[0][seed], alone[1][seed]) for seed in alone[0] if seed in alone[1]]
     return [(fst, dense) for fst, dense in both if fst["settings"]["device"] == dense["settings"]["device"]]
@@ -264,16 +281,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "is over the interval between two refreshes.",
         "",
     ]
-    for (family, scale), results in found.items():
-        lines += [f"### {NAMES[family]}, {SCALES[scale]}", "", facts(results), "", table(results)]
+    for (family, scale, lr), results in found.items():
+        other = f", learning rate {lr:g}" if own_lr(family, scale, lr) else ""
+        lines += [f"### {NAMES[family]}, {SCALES[scale]}{other}", "", facts(results), "", table(results)]
         lines += [f"- {sentence}" for sentence in claims(results)]
         tried = trials(results)
         lines += ["", *["#### Trials", "", tried] * bool(tried)]
         alone = {arm: [run for run in runs if not run["settings"]["shared"]] for arm, runs in results.items()}
         alone = {arm: runs for arm, runs in alone.items() if runs}
         ablated = {arm: runs for arm, runs in results.items() if arm in ABLATIONS}
-        changed = {arm: results[arm] for arm in ("dense", "fst", *TRIALS) if arm in results} if tried else {}
-        for kind, said, drawn in (
+        changed = {arm: results[arm] for arm in ("dense", *FST, *TRIALS) if arm in results} if tried else {}
+        for what, said, drawn in (
             ("steps", "held-out loss over steps", ablated),
             ("time", "held-out loss over time", alone),
             ("flips", "flip rates", ablated),
@@ -281,14 +299,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("trials_flips", "flip rates of the trials", changed),
         ):
             if drawn:
-                picture = pictures / f"{family}_{scale}_{kind}.svg"
-                if kind.endswith("flips"):
+                picture = pictures / f"{kind(family, scale, lr)}_{what}.svg"
+                if what.endswith("flips"):
                     draw_flips(drawn, picture)
                 else:
-                    x, label = (1, "seconds of training") if kind == "time" else (0, "step")
+                    x, label = (1, "seconds of training") if what == "time" else (0, "step")
                     draw(drawn, picture, x, label)
                 lines.append(image(said, picture, args.document))
-        lines += ["", *searched(args.results, family, scale, pictures, args.document)]
+        lines += ["", *searched(args.results, kind(family, scale, lr), pictures, args.document)]
     text = f"{BEGIN}\n{chr(10).join(lines).rstrip()}\n{END}\n"
     if args.document.exists():
         page = args.document.read_text()

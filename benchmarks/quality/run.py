@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from arms import ARMS, REFRESH_EVERY, Arm, arms, named, needs_decay  # noqa: E402
 from common import RESULTS, save  # noqa: E402
 from corpora import save_tensors  # noqa: E402
-from families import SIZES, Family, Size  # noqa: E402
+from families import SIZES, Family, Size, kind  # noqa: E402
 from torch import nn  # noqa: E402
 from training import Run, optimizer_of, train_step  # noqa: E402
 
@@ -41,8 +41,8 @@ STOP = threading.Event()  # set by SIGTERM: save a checkpoint and end
 
 
 def evidence_of(args: argparse.Namespace) -> Path:
-    """The file of the search of lambda: of a family and a scale, and of all seeds."""
-    return Path(args.out / f"{args.family}_{args.scale}_decay.json")
+    """The file of the search of lambda: of a family, a scale and a learning rate, and of all seeds."""
+    return Path(args.out / f"{args.kind}_decay.json")
 
 
 def known_decay(args: argparse.Namespace) -> float | None:
@@ -193,10 +193,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         p.error(f"--arms: {error}")
     tiny = args.scale == "tiny"
     args.size = SIZES[args.family][args.scale]
-    args.name = f"{args.family}_{args.scale}_{args.seed}"
     for name in ("steps", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(args.size, name))
+    args.kind = kind(args.family, args.scale, args.lr)
+    args.name = f"{args.kind}_{args.seed}"
     args.warm_up = max(1, args.steps // 10)
     args.refresh_every = 3 if tiny else REFRESH_EVERY
     args.search_steps = max(3 * args.refresh_every, min(args.warm_up, 6 * args.refresh_every))

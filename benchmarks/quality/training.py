@@ -42,7 +42,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = family.model(arm.half)
         self.session = sparse24.session(self.model)
-        self.optimizer = optimizer_of(self.model, args.lr, arm.lr_scale)
+        self.optimizer = optimizer_of(self.model, args.lr)
         self.options: dict[str, Any] = {}
         self.apart: list[float] = []  # seconds of steps that compile, or count flips that training has no use for
         self.prepare()
@@ -57,15 +57,19 @@ class Run:
         self.options = self.arm.options_at(step)
         if self.arm.decay_follows_lr:
             self.options["decay"] *= lr_factor(self.args, step)
-        if self.arm.own_masks:
+        if self.arm.saliency:
             self.options["refresh_every"] = self.args.steps + 1  # never: `search_masks` is in its place
         if self.options != before:
             recipe = Recipe.from_options(self.options)
             for weight in self.session.weights.values():
                 if weight.reason_skipped is None:
                     weight.recipe, weight.wgrad = recipe, recipe.wgrad
-        dense_end = step == self.options.get("dense_after")
-        if not before or dense_end or before.get("wgrad") != self.options.get("wgrad"):
+        dense_end, dense_start = step == self.options.get("dense_after"), self.arm.dense_start
+        if step < dense_start:
+            self.session.to_dense()
+        elif step == dense_start > 0:
+            self.session.to_sparse()
+        if not before or dense_end or step == dense_start or before.get("wgrad") != self.options.get("wgrad"):
             torch._dynamo.reset()
             self.compiled: Any = torch.compile(self.model, backend="sparse24", options=self.options)
             self.compiles_next = True
@@ -74,8 +78,6 @@ class Run:
         record, options, device = self.record, self.options, self.family.device
         refreshes = (record.step + 1) % self.arm.options_at(record.step)["refresh_every"] == 0
         counts = refreshes and (options.get("virtual_flips") or options.get("recipe") == "s-ste")
-        ends = self.arm.pruned_start and record.step + 1 == options.get("dense_after")
-        masks = [(w.param, w.mask().clone()) for w in self.session.weights.values() if w.sparse] if ends else []
         apart = self.compiles_next or counts
         if apart:
             wait(device)
@@ -87,13 +89,10 @@ class Run:
             record.compile_seconds += self.apart[-1] if self.compiles_next else 0.0
         record.step += 1
         if refreshes:
-            if self.arm.own_masks:
-                search_masks(self.session, self.optimizer, self.arm)
+            if self.arm.saliency:
+                search_masks(self.session, self.optimizer, self.arm.saliency)
             if options.get("virtual_flips") or self.session.phase == "sparse":
                 record.flips.append([record.step, self.session.flip_rate()])
-        with torch.no_grad():
-            for param, mask in masks:
-                param.mul_(mask)  # the dense end begins with the function that the sparse model is
         self.compiles_next = False
         self.prepare()
         return loss
@@ -128,12 +127,12 @@ class Run:
         self.prepare()
 
 
-def search_masks(session: sparse24.Session, optimizer: torch.optim.Optimizer, arm: Arm) -> None:
-    """Masks that keep what counts the most by the arm's saliency and hysteresis, in place of the product's."""
+def search_masks(session: sparse24.Session, optimizer: torch.optim.Optimizer, power: float) -> None:
+    """Masks that keep the largest |w| * v^power, in place of the product's."""
     sparse = [weight for weight in session.weights.values() if weight.sparse]
     for weight in sparse:
         v = optimizer.state[weight.param]["exp_avg_sq"]
-        mask = best_mask(weight.param.detach().abs() * v**arm.saliency * (1 + arm.hysteresis * weight.mask()))
+        mask = best_mask(weight.param.detach() * v**power)
         weight.flips = int((mask ^ weight.mask()).sum())
         for operand in weight.operands.values():
             operand.put_mask(weight, layout.nibbles_from_mask(mask))
@@ -145,15 +144,10 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def optimizer_of(model: nn.Module, lr: float, lr_scale: float = 1.0) -> torch.optim.Optimizer:
-    """lr_scale: of the learning rate of feed-forward weights."""
-    named = [*model.named_parameters()]
-    matrices = [p for name, p in named if p.dim() > 1 and "feed_forward" not in name]
-    sparse = [p for name, p in named if p.dim() > 1 and "feed_forward" in name]
+def optimizer_of(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": 0.1, "scale": 1.0},
-        {"params": sparse, "weight_decay": 0.1, "scale": lr_scale},
-        {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0, "scale": 1.0},
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
@@ -174,7 +168,7 @@ def train_step(
 ) -> torch.Tensor:
     """One optimizer step, norm clipped at 1. Waits for no GPU."""
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * lr_factor(args, step) * group["scale"]
+        group["lr"] = args.lr * lr_factor(args, step)
     with autocast(family.device):
         loss, _ = model(*family.batch(args.seed, step))
     loss.backward()

@@ -34,7 +34,7 @@ def limit(kernel, constants):
             if constants["SEARCH"]
             else {}
         )
-    return {"pack_gradient_kernel": {"maxnreg": 80}, "glu_backward_pack_kernel": {"maxnreg": 128}}.get(kernel, {})
+    return {"pack_gradient_kernel": {"maxnreg": 72}, "glu_backward_pack_kernel": {"maxnreg": 128}}.get(kernel, {})
 
 
 def cases(arch):
