@@ -189,14 +189,14 @@ def matmuls(saved: Row) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
-def ffn(saved: Row) -> str:
+def ffn(*files: Row) -> str:
     """Forward and backward of one feed-forward layer over its width."""
     cells = []
-    for row in saved["rows"]:
+    for row in sorted((row for file in files for row in file["rows"]), key=lambda row: row["d"]):
         times = [f"{row['ms'][way]['p50']:.2f}" for way in ("dense", "sparse")]
         cells.append([str(row["d"]), row["kind"], *times, f"{row['ratio']:.2f}", f"{row['bound_ms']:.2f}"])
     header = "d | kind | dense, ms | sparse24, ms | speed-up | bound, ms"
-    return markdown(header, cells) + made_by(saved["environment"])
+    return markdown(header, cells) + "".join(made_by(file["environment"]) for file in files)
 
 
 def memory(saved: Row) -> str:
@@ -320,11 +320,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "loss": loss,
     "kernels": _of("pack", kernels),
     "matmuls": _of("gemm", matmuls),
-    "ffn": _of("ffn", ffn),
+    "ffn": _of("ffn", ffn, "ffn*.json"),
     "inference": _of("inference", inference),
     "memory": _of("memory", memory),
     "compile_time": _of("compile_time", compile_time),
     "gluon": _of("gluon", gluon),
+    "gluon_steps": _of("step", steps, "gluon_step.json"),
     "gluon_variants": _of("gluon", gluon_variants, "gluon_variants.json", " --ablations"),
     "families": _of("models", families, "models*.json"),
 }

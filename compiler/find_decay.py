@@ -24,6 +24,7 @@ from .recipe import Recipe
 from .session import session
 
 _FORMAT = 1
+_SET_HERE = ("decay", "sparse_after", "dense_after")  # by a trial, whatever the options say
 #: A bracket whose ends are closer than this factor is not searched further.
 _CLOSE = 1.1
 
@@ -81,9 +82,9 @@ def find_decay(
     that the real run has there; `model` is the compiled one.
 
     steps: optimizer steps of a trial, inside the learning rate's warm-up, several times refresh_every. options: the
-    backend's, as the real run has them; decay and dense_after are set here. low, high: the lambdas to search between.
-    feasible: the range of mu. average: how many of the last refreshes a flip rate is the mean of. max_trials: of the
-    sparse ones. progress: is given a line before and after each trial; None: nothing is said.
+    backend's, as the real run has them; decay, sparse_after and dense_after are set here. low, high: the lambdas to
+    search between. feasible: the range of mu. average: how many of the last refreshes a flip rate is the mean of.
+    max_trials: of the sparse ones. progress: is given a line before and after each trial; None: nothing is said.
 
     evidence: a JSON file that is written after each trial. Where it exists the search goes on from it: no trial in it
     is run again, also under another low, high, feasible, average or max_trials.
@@ -93,7 +94,7 @@ def find_decay(
     is another search's (another model, other steps or options), OptionError on a bad option. What was measured until
     then is in the evidence file.
     """
-    recipe = Recipe.from_options({**(options or {}), "decay": 0.0, "dense_after": None})
+    recipe = Recipe.from_options({**(options or {}), "decay": 0.0, "sparse_after": 0, "dense_after": None})
     if recipe.recipe != "fst":
         raise OptionError(f"sparse24: found recipe={recipe.recipe!r}, which has no decay to search, need 'fst'")
     if steps < recipe.refresh_every:
@@ -104,7 +105,7 @@ def find_decay(
     with _seeded(seed):
         start = _magnitude(make_model())
     shared = {"steps": steps, "seed": seed, "start": start}
-    shared |= {k: v for k, v in json.loads(json.dumps(recipe.method())).items() if k not in ("decay", "dense_after")}
+    shared |= {k: v for k, v in json.loads(json.dumps(recipe.method())).items() if k not in _SET_HERE}
 
     def measure(decay: float | None) -> list[list[float]]:
         return _trial(make_model, make_optimizer, step_fn, steps, options or {}, decay, seed, start)
@@ -140,7 +141,7 @@ def _trial(
                 f"sparse24: make_model() returned another start than before (sum of magnitudes {_magnitude(model)}, "
                 f"before {start}), need the same each time: a new model, initialized from torch's generators"
             )
-        phase: dict[str, Any] = {"dense_after": None, "decay": decay}
+        phase: dict[str, Any] = {"sparse_after": 0, "dense_after": None, "decay": decay}
         if decay is None:
             phase = {"dense_after": 0, "decay": 0.0, "virtual_flips": True}
         compiled: Any = torch.compile(model, backend="sparse24", options={**options, **phase})
@@ -319,7 +320,9 @@ def _load(path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> dict
             f"sparse24: {os.fspath(path)} is no evidence of find_decay ({type(error).__name__}: {error}); give another "
             "file name, or move it away to search anew"
         ) from error
-    before = found[1] if found[0] == _FORMAT else {"format": found[0]}
+    before = {"format": found[0]}
+    if found[0] == _FORMAT:  # a file of before an option existed was made with its default
+        before = {**Recipe().method(), **found[1]}
     changed = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in settings.items() if before.get(k) != v]
     if changed:
         raise StateError(

@@ -48,6 +48,8 @@ class Recipe:
     virtual_flips  count flips in the dense phase too, on masks that nothing is multiplied by (the paper's virtual flip
                    rate): with dense_after=0 that of a dense run. The training is not changed by it.
     dense_after    optimizer steps after which all layers are dense (the paper: the last sixth of the run); None: never.
+    sparse_after   optimizer steps before which all layers are dense (not in the paper): masks are first searched in
+                   weights that have learnt something. A tenth of the run gained a little: see docs/results.md.
     wgrad          "mvue": weight gradients from 2:4-pruned, unbiased output gradients (MVUE); "dense": from dense ones.
     layers         "ffn"; "all" for attention projections too; or fnmatch patterns of parameter names. Without
                    gradients, weights that are 2:4 already are taken whatever this says.
@@ -79,6 +81,7 @@ class Recipe:
     recipe: str = "fst"
     virtual_flips: bool = False
     lr_scale: float = 1.0
+    sparse_after: int = 0
 
     def __post_init__(self) -> None:
         real = isinstance(self.decay, numbers.Real) and not isinstance(self.decay, bool)
@@ -91,6 +94,9 @@ class Recipe:
         )
         after = self.dense_after
         _check("dense_after", after, after is None or (_is_int(after) and after >= 0), "None or an int >= 0")
+        begin = self.sparse_after
+        _check("sparse_after", begin, _is_int(begin) and begin >= 0, "an int >= 0")
+        _check("sparse_after", begin, not after or begin < after, f"less than dense_after, which is {after}")
         _check("seed", self.seed, _is_int(self.seed), "an int")
         for name, valid in _CHOICES.items():
             _check(name, getattr(self, name), getattr(self, name) in valid, " or ".join(map(repr, valid)))

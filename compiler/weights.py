@@ -63,7 +63,7 @@ class SparseWeight:
         self.search_due = False  # of FSDP: the next forward, which gathers the weight, searches its mask
         if reason_skipped is None:
             self.layer, _layers = _layers, _layers + 1
-            self.phase = "dense" if recipe.dense_after == 0 else "sparse"
+            self.phase = "dense" if recipe.dense_after == 0 or recipe.sparse_after else "sparse"
 
     @property
     def param(self) -> Tensor:
@@ -195,6 +195,8 @@ class SparseWeight:
     def advance(self) -> None:
         """Count an optimizer step that changed the master; the last one of the sparse phase drops the packed forms."""
         self.step, self.calls = self.step + 1, 0
+        if self.step == self.recipe.sparse_after and self.recipe.dense_after != 0:
+            self.to_sparse()
         if self.step == self.recipe.dense_after:
             self.to_dense()
 

@@ -20,7 +20,6 @@ class Arm:
     later              {step: options that change from that step on}, ascending; a step of the optimizer, from 0
     decay_follows_lr   the decay in force is that of the options times learning rate / peak learning rate
     saliency           masks keep the largest |w| * v^saliency, v being Adam's second moment; 0: |w|, by the product
-    dense_start        so many steps are dense before the first masks are searched
     half               feed-forward layers of half the width
     """
 
@@ -28,7 +27,6 @@ class Arm:
     later: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     decay_follows_lr: bool = False
     saliency: float = 0.0
-    dense_start: int = 0
     half: bool = False
 
     def settings(self) -> dict[str, Any]:
@@ -80,7 +78,7 @@ def trials(decay: float, steps: int, refresh_every: int) -> dict[str, Arm]:
         "saliency-v4": Arm(fst, saliency=1 / 4),
         "saliency-v2": Arm(fst, saliency=1 / 2),
         "combined": Arm(fst, later=mvue_off, decay_follows_lr=True),
-        "lr-dense-start": Arm(faster, dense_start=steps // 10),
+        "lr-dense-start": Arm({**faster, "sparse_after": steps // 10}),
         "lr-dense-third": Arm({**faster, **third}),
         "lr-dense-wgrad": Arm({**faster, "wgrad": "dense"}),
         "lr-sparse-end": Arm({**faster, "dense_after": None}),

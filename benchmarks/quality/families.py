@@ -19,7 +19,10 @@ HEAD = 64
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """depth: of each stack. context: tokens a sequence; of images: pixels a side. classes: or words."""
+    """depth: of each stack. context: tokens a sequence; of images: pixels a side. classes: or words.
+
+    lr: at the small scale, of those tried the one at which dense ends best (but for BERT, where none was compared).
+    """
 
     width: int
     depth: int
@@ -35,7 +38,7 @@ SIZES = {
     "gpt": {
         "tiny": Size(64, 1, 32, 8, 512, 60, 3e-3),
         "small": Size(384, 10, 256, 64, 8192, 2000, 2e-3),
-        "base": Size(768, 12, 1024, 32, 50304, 4500, 1e-3),  # GPT-2 124M; 147M tokens
+        "base": Size(768, 12, 1024, 32, 50304, 4000, 1e-3),  # GPT-2 124M; 131M tokens
     },
     "bert": {
         "tiny": Size(64, 1, 32, 16, 512, 60, 3e-3),
@@ -44,12 +47,12 @@ SIZES = {
     },
     "vit": {
         "tiny": Size(64, 1, 16, 32, 4, 60, 3e-3, patch=4),
-        "small": Size(384, 12, 32, 256, 100, 2000, 1e-3, patch=4),  # DeiT-S
+        "small": Size(384, 12, 32, 256, 100, 2000, 5e-4, patch=4),  # DeiT-S
         "base": Size(768, 12, 64, 256, 1000, 10000, 5e-4, patch=8),  # DeiT-B
     },
     "translation": {
         "tiny": Size(64, 1, 32, 16, 64, 60, 3e-3),
-        "small": Size(384, 5, 64, 256, 8192, 3000, 1e-3),
+        "small": Size(384, 5, 64, 256, 8192, 3000, 5e-4),
         "base": Size(768, 6, 128, 128, 8192, 10000, 4e-4),
     },
 }

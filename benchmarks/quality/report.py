@@ -219,6 +219,17 @@ def claims(results: Results) -> list[str]:
     return said
 
 
+def learning_rates(found: dict[tuple[str, str, float], Any], family: str, scale: str) -> list[str]:
+    """What dense loses at each learning rate that was tried, where there are several."""
+    ends = {}
+    for (*of, lr), results in found.items():
+        runs = [run for run in results.get("dense", []) if run["settings"]["seed"] == 0]
+        if of == [family, scale] and runs:
+            ends[lr] = runs[0]["held_out"][-1][2]
+    said = ", ".join(f"{end:.4f} at {lr:g}" for lr, end in sorted(ends.items()))
+    return [f"Dense ends at {said} of the learning rate (seed 0)."] if len(ends) > 1 else []
+
+
 def timed_pairs(results: Results, arm: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(the arm, dense) of one seed, each alone on a GPU of one kind."""
     alone = [
@@ -283,8 +294,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     for (family, scale, lr), results in found.items():
         other = f", learning rate {lr:g}" if own_lr(family, scale, lr) else ""
+        if other and results.keys() == {"dense"}:  # said by `learning_rates`
+            continue
         lines += [f"### {NAMES[family]}, {SCALES[scale]}{other}", "", facts(results), "", table(results)]
-        lines += [f"- {sentence}" for sentence in claims(results)]
+        rates = [] if other else learning_rates(found, family, scale)
+        lines += [f"- {sentence}" for sentence in [*rates, *claims(results)]]
         tried = trials(results)
         lines += ["", *["#### Trials", "", tried] * bool(tried)]
         alone = {arm: [run for run in runs if not run["settings"]["shared"]] for arm, runs in results.items()}

@@ -50,7 +50,7 @@ class Run:
     def prepare(self) -> None:
         """Bring the options of the coming step into force; the graph is compiled anew where it is another one.
 
-        At the dense end too, which the backend would compile by itself: traced anew, the graph comes from Inductor's
+        In another phase too, which the backend would compile by itself: traced anew, the graph comes from Inductor's
         cache, where the dense arm has left it.
         """
         step, before = self.record.step, self.options
@@ -64,12 +64,8 @@ class Run:
             for weight in self.session.weights.values():
                 if weight.reason_skipped is None:
                     weight.recipe, weight.wgrad = recipe, recipe.wgrad
-        dense_end, dense_start = step == self.options.get("dense_after"), self.arm.dense_start
-        if step < dense_start:
-            self.session.to_dense()
-        elif step == dense_start > 0:
-            self.session.to_sparse()
-        if not before or dense_end or step == dense_start or before.get("wgrad") != self.options.get("wgrad"):
+        another_phase = step in (self.options.get("sparse_after"), self.options.get("dense_after"))
+        if not before or another_phase or before.get("wgrad") != self.options.get("wgrad"):
             torch._dynamo.reset()
             self.compiled: Any = torch.compile(self.model, backend="sparse24", options=self.options)
             self.compiles_next = True

@@ -147,6 +147,11 @@ def test_evidence_of_another_search_is_refused(tmp_path: Path) -> None:
     search(curve(falling(1e-4), []), **SEARCH, evidence=path)
     with pytest.raises(sparse24.StateError, match="steps was 100, is 200"):
         search(curve(falling(1e-4), []), **{**SEARCH, "settings": {"steps": 200}}, evidence=path)
+    newer = {**SEARCH, "settings": {**SEARCH["settings"], "lr_scale": 1.0}}  # an option that the file does not know
+    search(curve(falling(1e-4), []), **newer, evidence=path)
+    newer["settings"]["lr_scale"] = 2.0
+    with pytest.raises(sparse24.StateError, match="lr_scale was 1.0, is 2.0"):
+        search(curve(falling(1e-4), []), **newer, evidence=path)
     before = path.read_text()
     for text in ("{", "[]", "{}"):
         path.write_text(text)

@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse24
+from sparse24.kernels.reference import best_mask
 
 from .models import MLP, Stack, SwiGLU, compiled, loss_and_grads, masked_twin, relative, sparse_names, train
 
@@ -102,6 +103,42 @@ def test_decay_on_weight() -> None:
     expected = p.detach() * torch.where(weight.mask(), 1.0, 1 - lr * decay) - lr * p.grad
     torch.optim.SGD(model.parameters(), lr=lr).step()
     assert relative(p, expected) < 1e-6
+
+
+def test_masks_are_first_searched_after_a_dense_start() -> None:
+    """The same as `to_dense` before the first forward and `to_sparse` later; without decay while dense."""
+    found = []
+    for options in ({"sparse_after": 3}, {}):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Stack(MLP(), SwiGLU())
+        run = compiled(model, decay=0.5, refresh_every=2, dense_after=6, **options)
+        session, optimizer = sparse24.session(model), torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if not options:
+            session.to_dense()
+        phases, losses = [], []
+        for step in range(8):
+            phases.append(session.phase)
+            losses += train(run, optimizer, 1, seed=step)
+            if step == 2:
+                if not options:
+                    session.to_sparse()
+                run(torch.randn(4, 64))
+                for weight in weights_of(model).values():
+                    assert torch.equal(weight.mask(), best_mask(weight.param.detach()))
+        assert phases[1:] == ["dense"] * 2 + ["sparse"] * 3 + ["dense"] * 2
+        found.append((losses, [p.detach().clone() for p in model.parameters()]))
+    assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1]))
+    twin, x = Stack(MLP()), torch.randn(4, 64)
+    assert relative(compiled(twin, sparse_after=1)(x), copy.deepcopy(twin)(x)) < 1e-6
+    never = compiled(Stack(MLP()), sparse_after=1, dense_after=0)
+    assert train(never, torch.optim.SGD(never.parameters(), lr=1e-2), 3) and sparse24.session(never).phase == "dense"
+
+
+@pytest.mark.parametrize("after", [{"sparse_after": -1}, {"sparse_after": 1.5}, {"sparse_after": 4, "dense_after": 4}])
+def test_a_dense_start_ends_before_the_dense_end(after: dict[str, object]) -> None:
+    with pytest.raises(sparse24.OptionError, match="option sparse_after="):
+        sparse24.Recipe(**after)
 
 
 def test_closures_are_decayed_after_their_backward() -> None:

@@ -94,9 +94,12 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize(("at", "dense_after"), [(3, 6), (7, 5)])
-def test_resumed_in_a_new_process_the_losses_are_the_same_bits(tmp_path: Path, at: int, dense_after: int) -> None:
-    options = {"inner": "eager", "refresh_every": 2, "dense_after": dense_after, "wgrad": "mvue"}
+@pytest.mark.parametrize(("at", "sparse_after", "dense_after"), [(1, 2, 6), (3, 0, 6), (7, 0, 5)])
+def test_resumed_in_a_new_process_the_losses_are_the_same_bits(
+    tmp_path: Path, at: int, sparse_after: int, dense_after: int
+) -> None:
+    options = {"inner": "eager", "refresh_every": 2, "dense_after": dense_after, "wgrad": "mvue", "lr_scale": 2.0}
+    options["sparse_after"] = sparse_after
 
     def go(*argv: object) -> list[str]:
         code = SCRIPT.format(here=str(Path(__file__).parent), path=str(tmp_path / "s.pt"), options=options, shift=True)
@@ -108,7 +111,8 @@ def test_resumed_in_a_new_process_the_losses_are_the_same_bits(tmp_path: Path, a
     whole = go(0, 9)
     assert go(0, at, "save") == whole[:at]
     assert go(at, 9) == whole[at:]
-    assert "sparse" in whole[0] and "dense" in whole[-1]
+    phases = ["sparse" if sparse_after <= step < dense_after else "dense" for step in range(1, 10)]
+    assert [line.split()[-1] for line in whole] == phases
 
 
 def saved(**options: object) -> tuple[nn.Module, dict]:
