@@ -26,6 +26,7 @@ log = logging.getLogger("sparse24")
 
 _stepping: Any = weakref.WeakKeyDictionary()  # optimizer -> its weights that got a gradient
 _judged: Any = weakref.WeakSet()  # optimizers whose kind was looked at
+_inside: Any = weakref.WeakSet()  # optimizers held by one whose step is under way
 
 
 class _Deferred:
@@ -59,6 +60,11 @@ def _weights_of(optimizer: Optimizer) -> list[tuple[SparseWeight, dict[str, Any]
     return found
 
 
+def _held(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that one steps by (ZeroRedundancyOptimizer's): its step is the one that counts."""
+    return [held for held in vars(optimizer).values() if isinstance(held, Optimizer)]
+
+
 def _skipped(optimizer: Optimizer) -> bool:
     """A fused optimizer under a GradScaler is called even where it will skip the step; it then carries `found_inf`."""
     found_inf = getattr(optimizer, "found_inf", None)
@@ -89,12 +95,17 @@ def _decay(optimizer: Optimizer) -> None:
         alike.setdefault((weight.param.device, factor), []).append((on.detach(), block))
     for (_, factor), pairs in alike.items():
         ops.masked_decay_([on for on, _ in pairs], [block for _, block in pairs], factor)
-    rates.split(optimizer)
+    if not _held(optimizer):
+        rates.split(optimizer)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # where the step is compiled, Dynamo would trace into it
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     rates.restore(optimizer)  # where the step before raised
+    if optimizer in _inside:
+        rates.split(optimizer)
+        return None
+    _inside.update(_held(optimizer))
     waiting, _deferred[:] = list(_deferred), []  # taken first: a caught error must not come again at the next step
     for counts in waiting:
         counts.check()
@@ -117,6 +128,9 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     rates.restore(optimizer)
+    if optimizer in _inside:
+        return
+    _inside.difference_update(_held(optimizer))
     stepped: list[SparseWeight] = _stepping.pop(optimizer, [])
     if not stepped:
         return
@@ -150,7 +164,7 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _judge(optimizer: Optimizer, stepped: list[SparseWeight]) -> None:
     """Warn once of optimizers without second moments: the decay's meaning rests on Adam's 1 / sqrt(v)."""
     _judged.add(optimizer)
-    if not any(w.sparse and w.recipe.decay and w.recipe.decay_on == "gradient" for w in stepped):
+    if _held(optimizer) or not any(w.sparse and w.recipe.decay and w.recipe.decay_on == "gradient" for w in stepped):
         return
     state = optimizer.state.get(stepped[0].master, {})
     second = ("sq", "var", "sum", "inf", "second")

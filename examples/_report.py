@@ -102,6 +102,7 @@ def markdown(report: dict[str, Any]) -> str:
         "wall time includes compilation and evaluation.",
         "",
     ]
+    lines.append(f"Peak learning rate {settings['lr']:g}, of sparse weights {settings['lr_scale']:g} times that.")
     rates = report["flip_rate"] or {}
     told = ", ".join(f"{key} {value:.4f}" for key, value in rates.items()) or "no mask was searched anew"
     lines.append(f"Flip rate over {settings['refresh_every']} steps: {told}.")

@@ -110,6 +110,32 @@ def test_what_an_optimizer_counts_in_its_groups_is_kept() -> None:
     assert [group["k"] for group in optimizer.param_groups] == [3]
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_an_optimizer_that_steps_by_another_one_counts_once(scale: float) -> None:
+    """As ZeroRedundancyOptimizer does: both steps have hooks, and the inner groups are compared with the outer ones."""
+
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, params, **more: float) -> None:
+            super().__init__(params, more)
+            self.inner = torch.optim.SGD([{**group} for group in self.param_groups], **more)
+
+        def step(self, closure=None) -> None:
+            assert [len(g["params"]) for g in self.param_groups] == [len(g["params"]) for g in self.inner.param_groups]
+            self.inner.step(closure)
+
+    model = Stack(MLP())
+    run, optimizer = compiled(model, lr_scale=scale, decay=0.5, refresh_every=2), Outer(model.parameters(), lr=1e-2)
+    weight, session = model.blocks[0].up.weight, sparse24.session(model)
+    for step in (1, 2, 3):
+        run(torch.randn(4, 64)).square().mean().backward()
+        pruned = ~session.weights["blocks.0.up.weight"].mask() * weight.detach()
+        expected = weight.detach() - scale * 1e-2 * (weight.grad + 0.5 * pruned)
+        optimizer.step()
+        assert torch.allclose(weight, expected, atol=1e-6) and session.step == step
+        assert optimizer.inner.param_groups[0]["lr"] == 1e-2 and len(optimizer.inner.param_groups) == 1
+        optimizer.zero_grad()
+
+
 def test_the_decay_on_weights_follows() -> None:
     model, decay, lr = Stack(MLP()), 0.5, 0.05
     run = compiled(model, decay=decay, decay_on="weight", lr_scale=2.0)

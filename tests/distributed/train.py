@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -185,6 +186,8 @@ def scenario(what: str, folder: Path) -> dict[str, Any]:
 
         return error(flip, Run(how))
     run = Run(how, wgrad="mvue" if extra == "mvue" else "dense")
+    if extra == "zero":  # each rank's optimizer steps a part of the parameters and sends it to the others
+        run.optimizer = ZeroRedundancyOptimizer(run.model.parameters(), torch.optim.AdamW, lr=3e-3, foreach=False)
     if extra.startswith("from_"):
         run.load(folder / extra.removeprefix("from_"))
     losses = run.train(SAVED)

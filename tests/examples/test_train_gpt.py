@@ -65,6 +65,7 @@ def test_leaves_a_report_a_picture_and_checkpoints(train_gpt: Any, tmp_path: Pat
 
     text = (tmp_path / "report.md").read_text()
     assert text.strip() in capsys.readouterr().out
+    assert "of sparse weights 2 times that." in text
     assert "Flip rate over 3 steps" in text and "Trained dense from step 9 on" in text
     assert (tmp_path / "curves.svg").read_text().lstrip().startswith("<?xml")
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
