@@ -87,7 +87,8 @@ class Run:
         if refreshes:
             if self.arm.saliency:
                 search_masks(self.session, self.optimizer, self.arm.saliency)
-            if options.get("virtual_flips") or self.session.phase == "sparse":
+            counted = any(weight.flips is not None for weight in self.session.weights.values())
+            if counted and (options.get("virtual_flips") or self.session.phase == "sparse"):
                 record.flips.append([record.step, self.session.flip_rate()])
         self.compiles_next = False
         self.prepare()
