@@ -5,37 +5,36 @@ schedulers, loggers and checkpoints see nothing of it.
 """
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from . import weights
 from .weights import SparseWeight
 
 _own: Any = weakref.WeakKeyDictionary()  # optimizer in a step -> its own groups, and [(group, a part of it)]
 _guarded: Any = weakref.WeakSet()  # optimizers whose state_dict restores the groups first
 
 
-def scale_of(weight: SparseWeight | None) -> float:
-    """What the learning rate of a weight is multiplied by. 1.0 where it is not sparse, and in a run that never is."""
-    if weight is None or weight.reason_skipped is not None or weight.pruned:
-        return 1.0
+def scale_of(weight: SparseWeight) -> float:
+    """What the learning rate of a weight that takes part is multiplied by: 1.0 in a run that is never sparse."""
     return weight.recipe.lr_scale if weight.sparse or weight.recipe.dense_after != 0 else 1.0
 
 
-def split(optimizer: Optimizer) -> None:
-    """Part the groups of an optimizer that is about to step; `restore` ends it."""
+def split(optimizer: Optimizer, stepping: Sequence[SparseWeight]) -> None:
+    """Part the groups of an optimizer that is about to step these weights; `restore` ends it."""
+    scales = {id(weight.master): scale for weight in stepping if (scale := scale_of(weight)) != 1.0}
+    if not scales:
+        return
     parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for group in optimizer.param_groups:
         alike: dict[float, list[Any]] = {}
         for param in group["params"]:
-            alike.setdefault(scale_of(weights.get(param)), []).append(param)
+            alike.setdefault(scales.get(id(param), 1.0), []).append(param)
         if alike.keys() <= {1.0}:
             parts.append((group, group))
         else:
             parts += [(group, {**group, "params": p, "lr": group["lr"] * scale}) for scale, p in alike.items()]
-    if all(part is group for group, part in parts):
-        return
     if optimizer not in _guarded:  # a step that raises ends without hooks; what is saved then is whole too
         _guarded.add(optimizer)
         optimizer.register_state_dict_pre_hook(restore)

@@ -38,11 +38,11 @@ class Recipe:
                    g += decay * (1 - M) * W. It depends on loss reduction, batch size and optimizer; values from
                    6e-6 to 1e-3 are in use, and 2e-4 is a start for AdamW and a mean loss. 0 turns it off.
                    `sparse24.find_decay` searches it. With "s-ste" it is 0.
+    decay_on       "gradient"; or "weight" for the original SR-STE form, W -= lr * decay * (1 - M) * W.
     lr_scale       the learning rate of sparse weights is that of their parameter group times this, also in the dense
                    end. For Adam-like optimizers the best learning rate of a matrix goes with 1 / fan-in, and 2:4 halves
                    the fan-in (arXiv 2405.15743), which makes it 2: see docs/results.md for what that gains. The
                    optimizer's groups, as schedulers, loggers and checkpoints see them, stay as they are.
-    decay_on       "gradient"; or "weight" for the original SR-STE form, W -= lr * decay * (1 - M) * W.
     refresh_every  optimizer steps between two searches of the masks; the kept values follow W at every step. With
                    "s-ste": between two counts of flips.
     virtual_flips  count flips in the dense phase too, on masks that nothing is multiplied by (the paper's virtual flip

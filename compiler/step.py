@@ -96,14 +96,14 @@ def _decay(optimizer: Optimizer) -> None:
     for (_, factor), pairs in alike.items():
         ops.masked_decay_([on for on, _ in pairs], [block for _, block in pairs], factor)
     if not _held(optimizer):
-        rates.split(optimizer)
+        rates.split(optimizer, _stepping[optimizer])
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # where the step is compiled, Dynamo would trace into it
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     rates.restore(optimizer)  # where the step before raised
     if optimizer in _inside:
-        rates.split(optimizer)
+        rates.split(optimizer, [weight for weight, _ in _weights_of(optimizer)])
         return None
     _inside.update(_held(optimizer))
     waiting, _deferred[:] = list(_deferred), []  # taken first: a caught error must not come again at the next step

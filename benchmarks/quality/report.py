@@ -75,7 +75,7 @@ def load(folder: Path) -> dict[tuple[str, str, float], dict[str, list[dict[str, 
     """
     found: dict[tuple[str, str, float], dict[str, list[dict[str, Any]]]] = {}
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if not path.stem.endswith("_decay")]
-    files.sort(key=lambda file: (own_lr(*where(file)), file["settings"]["lr"]))
+    files.sort(key=lambda file: (another_lr(*where(file)), file["settings"]["lr"]))
     for family in NAMES:
         for scale in SCALES:
             for arm in ARMS:
@@ -103,9 +103,9 @@ def where(file: dict[str, Any]) -> tuple[str, str, float]:
     return s["family"], s["scale"], s["lr"]
 
 
-def own_lr(family: str, scale: str, lr: float) -> bool:
-    """False, which sorts first, where it is the scale's own."""
-    return kind(family, scale, lr) != kind(family, scale, SIZES[family][scale].lr)
+def another_lr(family: str, scale: str, lr: float) -> bool:
+    """Than the scale's own, which sorts first."""
+    return lr != SIZES[family][scale].lr
 
 
 def table(results: Results) -> str:
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "",
     ]
     for (family, scale, lr), results in found.items():
-        other = f", learning rate {lr:g}" if own_lr(family, scale, lr) else ""
+        other = f", learning rate {lr:g}" if another_lr(family, scale, lr) else ""
         if other and results.keys() == {"dense"}:  # said by `learning_rates`
             continue
         lines += [f"### {NAMES[family]}, {SCALES[scale]}{other}", "", facts(results), "", table(results)]

@@ -159,7 +159,7 @@ def test_a_compiled_step_is_not_compiled_anew_each_time() -> None:
         optimizer.zero_grad()
         counts.append(counter.frame_count)
         assert (model.blocks[0].up.weight - before).abs().max() > 1e-3
-    assert counts[-1] == counts[2]
+    assert counts[0] > 0 and counts[-1] == counts[2]
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), True, "2"])

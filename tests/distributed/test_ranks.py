@@ -20,14 +20,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 TWO = [
     "tp+saved", "fsdp+saved", "fsdp_bf16", "fsdp_kept+resumed", "ddp_outside", "ddp_split", "ddp+long", "ddp+mvue",
-    "ddp+zero",
-    "ddp+weights", "ddp+mask", "ddp+options", "ddp+later_options",
+    "ddp+zero", "ddp+weights", "ddp+mask", "ddp+options", "ddp+later_options",
 ]  # fmt: skip
 FOUR = ["ddp", "fsdp+from_tp", "ddp_tp+from_fsdp", "ddp_tp+mvue", "fsdp_tp+saved", "hsdp"]
-SAME = [
-    s for s in (*TWO, *FOUR) if s.partition("+")[2] in ("", "saved", "resumed", "long", "zero", "from_tp", "from_fsdp")
-]
-SAME = [s for s in SAME if s not in ("fsdp_bf16", "ddp_split")]
+PLAIN = ("", "saved", "resumed", "long", "zero", "from_tp", "from_fsdp")
+SAME = [s for s in (*TWO, *FOUR) if s.partition("+")[2] in PLAIN and s not in ("fsdp_bf16", "ddp_split")]
 
 
 def launch(script: Path, *arguments: object, ranks: int, restarts: int = 0) -> "subprocess.CompletedProcess[str]":

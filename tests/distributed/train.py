@@ -106,8 +106,8 @@ class Run:
         weights._layers = 0  # as in a new process
         torch.manual_seed(seed)
         self.model, self.step = nn.Sequential(Llama(), MLP()), 0
-        defaults = {"inner": "aot_eager", "refresh_every": 3, "wgrad": "dense", "decay": 0.1, "lr_scale": 1.5}
-        defaults["layers"] = "all"
+        defaults = {"inner": "aot_eager", "layers": "all", "wgrad": "dense"}
+        defaults |= {"refresh_every": 3, "decay": 0.1, "lr_scale": 1.5}
         if DEVICE == "cuda":
             self.model.to("cuda", torch.bfloat16)
             defaults |= {"inner": "inductor", "when": "always"}
