@@ -21,15 +21,14 @@ def keys(w: Tensor) -> list[list[Tensor]]:
 
     A key is |w| in steps of 2^-19 of the power of two above the largest entry of its tile, and below that nine bits
     that tell which entries a sum of keys is of: those of columns 1, 2 and 3 of rows 0, 1 and 2, from which the others
-    follow. Less 2^27, so that eight of them add up within int32. NaN counts as 0, and as the largest what is infinite
-    or above 2^126.
+    follow. Less 2^27, so that eight of them add up within int32. In a tile with an entry that is no finite number, or
+    of 2^121 and more, all count as 0.
     """
     rows, cols = w.shape
     a = w.detach().to(torch.float32).abs().view(rows // 4, 4, cols // 4, 4)
-    a = torch.where(a.isnan(), 0.0, a)
-    exponent = a.amax((1, 3), keepdim=True).view(torch.int32) & 0x7F800000
-    scale = (0x7E800000 - exponent.clamp(max=0x7E000000)).view(torch.float32)
-    steps = ((a * scale).clamp(max=1.0) + 16.0).view(torch.int32) & 0x7FFFFF
+    exponent = a.amax((1, 3), keepdim=True).view(torch.int32) & 0x7F800000  # NaN is the largest
+    scale = (0x7C000000 - exponent).clamp(min=0).view(torch.float32)
+    steps = ((a * scale).nan_to_num(0.0) + 0.5).view(torch.int32) - 0x3F000000
     tags = torch.tensor([[0, 1, 2, 4], [0, 8, 16, 32], [0, 64, 128, 256], [0] * 4], dtype=torch.int32, device=w.device)
     key = (steps << 9) + (tags - 2**27)[:, None]
     return [[key[:, r, :, c] for c in range(4)] for r in range(4)]
@@ -42,8 +41,8 @@ def best_mask(w: Tensor) -> Tensor:
     Entries are compared as `keys`, rounded to 2^-19 of the tile's largest; of equal sums the one with the largest bits
     wins. Two columns i, j of two rows are shared between them in the better of two ways. The 90 candidates are: what
     rows 0, 1 share of all columns, and rows 2, 3 likewise (36); what rows 0, 1 together share with rows 2, 3 together
-    (6); rows 0, 1 sharing i, j, rows 2, 3 too, and the two pairs of rows the other columns (48). NaN tiles get a legal
-    mask: the caller counts them (`pack_weights_`).
+    (6); rows 0, 1 sharing i, j, rows 2, 3 too, and the two pairs of rows the other columns (48). A tile with NaN gets
+    the mask of zeros: the caller counts them (`pack_weights_`).
     """
     x = keys(w)
 

@@ -189,7 +189,7 @@ def uniform(keys, position):
 
 
 @triton.jit
-def _max(a, b):
+def larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -201,17 +201,17 @@ def _min(a, b):
 @triton.jit
 def _kept_value(x, c):
     sign = x.to(tl.uint32, bitcast=True) & 0x80000000
-    return (_max(tl.abs(x), c).to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return (larger(tl.abs(x), c).to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def mvue(x0, x1, x2, x3, u):
     """Twin of `reference.mvue`: the nibble (int32) of each group and its two kept values, fp32."""
     a0, a1, a2, a3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
-    h0, l0, h1, l1 = _max(a0, a1), _min(a0, a1), _max(a2, a3), _min(a2, a3)
-    mx, rest = _max(h0, h1), (_min(h0, h1) + l0) + l1
+    h0, l0, h1, l1 = larger(a0, a1), _min(a0, a1), larger(a2, a3), _min(a2, a3)
+    mx, rest = larger(h0, h1), (_min(h0, h1) + l0) + l1
     least = _min(rest, 0.5 * (mx + rest))
-    c = _max(least, 1.1754943508222875e-38)  # 2^-126
+    c = larger(least, 1.1754943508222875e-38)  # 2^-126
     s1 = _min(a0, c)
     s2 = s1 + _min(a1, c)
     s3 = s2 + _min(a2, c)

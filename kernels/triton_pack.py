@@ -21,6 +21,7 @@ from .triton_common import (
     check_dtypes,
     check_matrix,
     check_packed,
+    larger,
     load_kept,
     load_tile_words,
     masks_of_words,
@@ -57,43 +58,46 @@ def _two_words(x):
 
 
 @triton.jit
-def _word(x0, x1):
-    """Two 16-bit values in a uint32, the first below."""
-    return x0.to(tl.uint16, bitcast=True).to(tl.uint32) | (x1.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+def _word(x0, x1, dtype: tl.constexpr):
+    """Two values as 16-bit ones in a uint32, the first below."""
+    if INTERPRETED or x0.dtype != tl.float32:
+        x0, x1 = x0.to(dtype).to(tl.uint16, bitcast=True), x1.to(dtype).to(tl.uint16, bitcast=True)
+        word = x0.to(tl.uint32) | (x1.to(tl.uint32) << 16)
+    else:  # one conversion of both
+        kind: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
+        word = tl.inline_asm_elementwise(
+            f"cvt.rn.{kind}.f32 $0, $2, $1;", "=r,f,f", [x0, x1], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    return word
 
 
 @triton.jit
 def _words(x, dtype: tl.constexpr):
     """Four values in two uint32."""
-    return _word(x[0].to(dtype), x[1].to(dtype)), _word(x[2].to(dtype), x[3].to(dtype))
+    return _word(x[0], x[1], dtype), _word(x[2], x[3], dtype)
 
 
 @triton.jit
-def _magnitudes(x):
-    """Of four values, fp32."""
-    return (
-        tl.abs(x[0].to(tl.float32)),
-        tl.abs(x[1].to(tl.float32)),
-        tl.abs(x[2].to(tl.float32)),
-        tl.abs(x[3].to(tl.float32)),
-    )
+def _fp32(x):
+    return x[0].to(tl.float32), x[1].to(tl.float32), x[2].to(tl.float32), x[3].to(tl.float32)
 
 
 @triton.jit
-def _magnitudes_of_word(word, dtype: tl.constexpr):
+def _fp32_of_word(word, dtype: tl.constexpr):
+    """The two values in a word, exactly."""
     if dtype == tl.bfloat16:
-        low = ((word << 16) & 0x7FFF0000).to(tl.float32, bitcast=True)
-        high = (word & 0x7FFF0000).to(tl.float32, bitcast=True)
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        low = (word & 0x7FFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-        high = ((word >> 16) & 0x7FFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        low = word.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
     return low, high
 
 
 @triton.jit
-def _magnitudes_of_words(words, dtype: tl.constexpr):
-    """Of the four values in two words, fp32."""
-    a, b = _magnitudes_of_word(words[0], dtype), _magnitudes_of_word(words[1], dtype)
+def _fp32_of_words(words, dtype: tl.constexpr):
+    """The four values in two words, exactly."""
+    a, b = _fp32_of_word(words[0], dtype), _fp32_of_word(words[1], dtype)
     return a[0], a[1], b[0], b[1]
 
 
@@ -110,25 +114,65 @@ def _count_bits(x):
 
 
 @triton.jit
-def _largest(x):
-    return tl.maximum(tl.maximum(x[0], x[1]), tl.maximum(x[2], x[3]))
+def _largest_of(x):
+    """The largest magnitude of four values, NaN where one is."""
+    return larger(larger(tl.abs(x[0]), tl.abs(x[1])), larger(tl.abs(x[2]), tl.abs(x[3])))
+
+
+@triton.jit
+def _largest(x0, x1, x2, x3):
+    """The largest magnitude in a tile of four lines, fp32; NaN where one is."""
+    return larger(larger(_largest_of(x0), _largest_of(x1)), larger(_largest_of(x2), _largest_of(x3)))
+
+
+@triton.jit
+def _larger_word(a, b, dtype: tl.constexpr, ORDER: tl.constexpr):
+    """Of two words with two values each the larger magnitudes, either sign; NaN where one is."""
+    kind: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
+    if ORDER == "sm_90":
+        asm: tl.constexpr = f"max.NaN.xorsign.abs.{kind} $0, $1, $2;"
+    else:  # sm_80 has no xorsign
+        asm: tl.constexpr = (
+            f"{{.reg .b32 a, b; and.b32 a, $1, 0x7FFF7FFF; and.b32 b, $2, 0x7FFF7FFF; max.NaN.{kind} $0, a, b;}}"
+        )
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _largest_in_words(y0, y1, y2, y3, dtype: tl.constexpr, ORDER: tl.constexpr):
+    """`_largest` of four lines of words: two values at once."""
+    if INTERPRETED:
+        x0, x1 = _fp32_of_words(y0, dtype), _fp32_of_words(y1, dtype)
+        x2, x3 = _fp32_of_words(y2, dtype), _fp32_of_words(y3, dtype)
+        largest = _largest(x0, x1, x2, x3)
+    else:
+        a = _larger_word(
+            _larger_word(y0[0], y0[1], dtype, ORDER), _larger_word(y1[0], y1[1], dtype, ORDER), dtype, ORDER
+        )
+        b = _larger_word(
+            _larger_word(y2[0], y2[1], dtype, ORDER), _larger_word(y3[0], y3[1], dtype, ORDER), dtype, ORDER
+        )
+        low, high = _fp32_of_word(_larger_word(a, b, dtype, ORDER), dtype)
+        largest = larger(tl.abs(low), tl.abs(high))
+    return largest
 
 
 @triton.jit
 def _key(x, scale, TAG: tl.constexpr):
-    """Twin of `reference.keys`, uint32: x * scale in steps of 2^-19, at most 1 and 0 for NaN, above nine tag bits."""
+    """Twin of `reference.keys`, uint32: |x| * scale in steps of 2^-24, 0 for what is no number, above nine tag bits."""
     if INTERPRETED:
-        share = tl.where(x == x, tl.minimum(x * scale, 1.0), 0.0)
-    else:  # .sat does both
+        share = tl.abs(x) * scale
+        share = tl.where(share == share, share + 0.5, 0.0)
+    else:  # .sat makes 0 of NaN
         share = tl.inline_asm_elementwise(
-            "mul.rn.sat.f32 $0, $1, $2;",
+            "{.reg .f32 a; abs.f32 a, $1; fma.rn.sat.f32 $0, a, $2, 0f3F000000;}",
             "=f,f,f",
             [x, scale],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
         )
-    return ((share + 16.0).to(tl.uint32, bitcast=True) << 9) + TAG  # the shift leaves only the mantissa
+    return (share.to(tl.uint32, bitcast=True) << 9) + TAG  # the shift leaves only the mantissa
 
 
 @triton.jit
@@ -168,11 +212,12 @@ def _both(y, z):
 
 
 @triton.jit
-def _best_mask(x0, x1, x2, x3):
-    """Twin of `reference.best_mask` of the magnitudes in four lines: int32, bit 4 * row + column of what is kept."""
-    largest = tl.maximum(tl.maximum(_largest(x0), _largest(x1)), tl.maximum(_largest(x2), _largest(x3)))
-    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-    scale = (0x7E800000 - tl.minimum(exponent, 0x7E000000)).to(tl.float32, bitcast=True)
+def _best_mask(x0, x1, x2, x3, exponent):
+    """Twin of `reference.best_mask` of four lines, fp32: int32, bit 4 * row + column of what is kept.
+
+    exponent: the bits of the exponent of `_largest`, int32.
+    """
+    scale = tl.maximum(0x7C000000 - exponent, 0).to(tl.float32, bitcast=True)
     a, b, c, d = _keys(x0, scale, 0), _keys(x1, scale, 1), _keys(x2, scale, 2), _keys(x3, scale, 3)
     top, bottom, pairs = _shared(a, b), _shared(c, d), _shared(_both(a, b), _both(c, d))
     best = tl.maximum(_all_four(top) + _all_four(bottom), _all_four(pairs))
@@ -386,7 +431,7 @@ def pack_weights_kernel(
     metadata, metadata_t = metadata_of(packed, rows, cols), metadata_of(packed_t, cols, rows)
     r0 = tile_row * T
     r = r0 + 4 * tl.arange(0, G)
-    flips, bad = tl.zeros([G, G], tl.int32), tl.zeros([G, G], tl.uint32)
+    flips, bad = tl.zeros([G, G], tl.int32), tl.zeros([G, G], tl.int32)
     if BY_WORD:  # the next tile is on its way while this one is worked on
         words = w.to(tl.pointer_type(tl.uint64)) + (
             tl.arange(0, G)[None, :] + r.to(tl.int64)[:, None] * (stride_r // 4)
@@ -409,21 +454,31 @@ def pack_weights_kernel(
         if SEARCH:
             old = mask
             if BY_WORD:
-                x0, x1 = _magnitudes_of_words(y0, DTYPE), _magnitudes_of_words(y1, DTYPE)
-                x2, x3 = _magnitudes_of_words(y2, DTYPE), _magnitudes_of_words(y3, DTYPE)
-                mask = _best_mask(x0, x1, x2, x3)
+                x0, x1, x2, x3 = (
+                    _fp32_of_words(y0, DTYPE),
+                    _fp32_of_words(y1, DTYPE),
+                    _fp32_of_words(y2, DTYPE),
+                    _fp32_of_words(y3, DTYPE),
+                )
+                largest = _largest_in_words(y0, y1, y2, y3, DTYPE, ORDER)
             else:
-                mask = _best_mask(_magnitudes(x0), _magnitudes(x1), _magnitudes(x2), _magnitudes(x3))
+                x0, x1, x2, x3 = _fp32(x0), _fp32(x1), _fp32(x2), _fp32(x3)
+                largest = _largest(x0, x1, x2, x3)
+            exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+            bad = tl.maximum(bad, exponent)
+            mask = _best_mask(x0, x1, x2, x3, exponent)
             flips += _count_bits(mask ^ old)
             tl.debug_barrier()  # every thread has read the old metadata before any thread writes the new
         if DTYPE.primitive_bitwidth == 16:
             mask = _beside(mask, y0[0])
-            bad |= _not_finite(y0, y1, y2, y3, DTYPE)
+            if not SEARCH:
+                bad |= _not_finite(y0, y1, y2, y3, DTYPE).to(tl.int32)
             v0, v1, v2, v3 = _kept_words(y0, y1, y2, y3, mask)
         else:
             mask = _beside(mask, x0[0])
-            probe = (_sum(x0) + _sum(x1)) + (_sum(x2) + _sum(x3))  # NaN where an entry is, or where infinities meet
-            bad |= (probe != probe).to(tl.uint32)
+            if not SEARCH:
+                probe = (_sum(x0) + _sum(x1)) + (_sum(x2) + _sum(x3))  # NaN where an entry is, or infinities meet
+                bad |= (probe != probe).to(tl.int32)
             v0, v1, v2, v3 = _kept(x0, mask, 0), _kept(x1, mask, 1), _kept(x2, mask, 2), _kept(x3, mask, 3)
         if BY_WORD:
             m = row + r[:, None]
@@ -450,6 +505,7 @@ def pack_weights_kernel(
         changed = tl.sum(flips)
         if changed > 0:
             tl.atomic_add(stats, changed.to(tl.int64), sem="relaxed")
+        bad = (bad == 0x7F800000).to(tl.int32)
     if tl.max((bad != 0).to(tl.int32)) != 0:  # rarely: only then is it counted
         nans = tl.zeros([], tl.int32)
         for tile in range(first, last):
@@ -495,7 +551,7 @@ def masked_decay_kernel(
         tl.store(at, (tl.load(at).to(tl.float32) + tl.cast(decay, tl.float32) * pruned).to(GRAD))
 
 
-_STRIP = 2  # tiles of a program
+_STRIP = 4  # tiles of a program
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

@@ -72,13 +72,19 @@ def test_no_pattern_keeps_more_where_many_tie(values, scale):
     assert torch.equal(score(w, mask), best_score(w))
 
 
-@settings(max_examples=40, deadline=None)
-@given(values=st.lists(st.sampled_from([INF, -INF, 0.0, 1.0, -2.0]), min_size=16, max_size=16))
-def test_as_many_infinities_as_possible_are_kept(values):
-    w = torch.tensor(values).view(4, 4)
-    mask = reference.best_mask(w)
-    assert_transposable(mask)
-    assert torch.equal(score(w.isinf(), mask), best_score(w.isinf()))
+@pytest.mark.parametrize("entry", [INF, -INF, NAN, 2.0**121, -(2.0**127)])
+def test_a_tile_with_an_entry_that_is_no_usual_number_is_taken_for_equal_entries(entry):
+    w = torch.randn(4, 8)
+    expected = torch.cat([reference.best_mask(torch.zeros(4, 4)), reference.best_mask(w[:, 4:])], dim=1)
+    w[1, 2] = entry
+    assert torch.equal(reference.best_mask(w), expected)
+
+
+def test_entries_below_that_are_told_apart():
+    w = torch.randn(64, 64)
+    w *= 2.0**121 / w.abs().amax()
+    w.clamp_(-(2.0**121) * (1 - 2.0**-24), 2.0**121 * (1 - 2.0**-24))
+    torch.testing.assert_close(score(w, reference.best_mask(w)), best_score(w), rtol=2.0**-17, atol=0.0)
 
 
 def test_the_mask_of_equal_entries_is_one_and_the_same():
