@@ -39,6 +39,7 @@ SIZES = {
         "tiny": Size(64, 1, 32, 8, 512, 60, 3e-3),
         "small": Size(384, 10, 256, 64, 8192, 2000, 2e-3),
         "base": Size(768, 12, 1024, 32, 50304, 4000, 1e-3),  # GPT-2 124M; 131M tokens
+        "wide": Size(4096, 3, 1024, 16, 8192, 1200, 3e-4),  # as wide as Llama-3-8B, where 2:4 is faster; 20M tokens
     },
     "bert": {
         "tiny": Size(64, 1, 32, 16, 512, 60, 3e-3),
@@ -58,9 +59,11 @@ SIZES = {
 }
 
 
-def kind(family: str, scale: str, lr: float) -> str:
-    """What the files of runs that compare are named by: another learning rate than the scale's is named too."""
-    return f"{family}_{scale}" + (f"_lr{lr:g}" if lr != SIZES[family][scale].lr else "")
+def kind(family: str, scale: str, lr: float, steps: int) -> str:
+    """What the files of runs that compare are named by: other steps or another learning rate than the scale's too."""
+    size = SIZES[family][scale]
+    of_steps = f"_steps{steps}" if steps != size.steps else ""
+    return f"{family}_{scale}" + (f"_lr{lr:g}" if lr != size.lr else "") + of_steps
 
 
 class Attention(nn.Module):

@@ -219,20 +219,21 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--seconds", type=float, required=True, help="time for all of it, the writing of checkpoints included"
     )
-    p.add_argument("--scale", choices=["tiny", "small", "base"], default="small")
-    p.add_argument("--families", nargs="+", choices=list(SIZES), help="(default: all, at the base scale gpt and bert)")
+    p.add_argument("--scale", choices=["tiny", "small", "base", "wide"], default="small")
+    p.add_argument("--families", nargs="+", choices=list(SIZES), help="(default: all; of big scales gpt and bert)")
     p.add_argument("--trial-families", nargs="*", choices=list(SIZES), default=["gpt"], help="that meet the trials")
-    p.add_argument("--seeds", nargs="+", type=int, help="(default: 0 1 2, at the base scale 0)")
-    p.add_argument("--arms", help="as run.py has them (default: all, at the base scale dense,fst-lr)")
+    p.add_argument("--seeds", nargs="+", type=int, help="(default: 0 1 2, of big scales 0)")
+    p.add_argument("--arms", help="as run.py has them (default: all, of big scales dense,fst-lr)")
     p.add_argument("--batch", type=int, default=3, help="arms that share a process at most")
     p.add_argument("options", nargs="*", metavar="-- OPTION", help="options of run.py, for all runs")
     args = p.parse_args(argv)
-    base = args.scale == "base"
-    args.per_gpu = args.per_gpu or (1 if base else 5)  # while one compiles, others keep the GPU busy
-    args.families = args.families or (["gpt", "bert"] if base else list(SIZES))
-    args.seeds = args.seeds or ([0] if base else [0, 1, 2])
+    big = args.scale in ("base", "wide")
+    args.per_gpu = args.per_gpu or (1 if big else 5)  # while one compiles, others keep the GPU busy
+    families = [family for family, sizes in SIZES.items() if args.scale in sizes]
+    args.families = args.families or ([f for f in families if f in ("gpt", "bert")] if big else families)
+    args.seeds = args.seeds or ([0] if big else [0, 1, 2])
     try:
-        args.arms = named(args.arms or ("dense,fst-lr" if base else "all"))
+        args.arms = named(args.arms or ("dense,fst-lr" if big else "all"))
     except ValueError as error:
         p.error(f"--arms: {error}")
     there = torch.cuda.device_count()

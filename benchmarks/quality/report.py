@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from itertools import chain, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,7 +29,12 @@ NAMES = {
     "vit": "ViT classifier",
     "translation": "Encoder-decoder, translation",
 }
-SCALES = {"tiny": "tiny", "small": "about 20M parameters", "base": "the size of GPT-2 124M and BERT-base"}
+SCALES = {
+    "tiny": "tiny",
+    "small": "about 20M parameters",
+    "base": "the size of GPT-2 124M and BERT-base",
+    "wide": "4096 wide",
+}
 MEANING = {
     "dense": "dense",
     "fst": "FST: 2:4 with masked decay and MVUE, the last sixth dense",
@@ -69,13 +75,16 @@ ORDER = (
 FST = ("fst", "fst-lr")
 
 
-def load(folder: Path) -> dict[tuple[str, str, float], dict[str, list[dict[str, Any]]]]:
-    """{(family, scale, learning rate): {arm: results}}, in the order of NAMES, SCALES and ARMS; the scale's own
-    learning rate comes first.
+Of = tuple[str, str, float, int]  # family, scale, learning rate, steps: what runs that compare share
+
+
+def load(folder: Path) -> dict[Of, dict[str, list[dict[str, Any]]]]:
+    """{what runs share: {arm: results}}, in the order of NAMES, SCALES and ARMS; the scale's own learning rate and
+    steps come first.
     """
-    found: dict[tuple[str, str, float], dict[str, list[dict[str, Any]]]] = {}
+    found: dict[Of, dict[str, list[dict[str, Any]]]] = {}
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if not path.stem.endswith("_decay")]
-    files.sort(key=lambda file: (another_lr(*where(file)), file["settings"]["lr"]))
+    files.sort(key=lambda file: (bool(others(*where(file))), file["settings"]["lr"], file["settings"]["steps"]))
     for family in NAMES:
         for scale in SCALES:
             for arm in ARMS:
@@ -84,28 +93,26 @@ def load(folder: Path) -> dict[tuple[str, str, float], dict[str, list[dict[str, 
                         found.setdefault(where(file), {}).setdefault(arm, []).append(file)
     if not found:
         raise SystemExit(f"found no result in {folder}: run benchmarks/quality/run.py first")
-    for (family, scale, _), results in found.items():
-        runs = [run for arm in results.values() for run in arm]
-        for what, values in (
-            ("data", {json.dumps(run["data"], sort_keys=True) for run in runs}),
-            ("steps", {run["settings"]["steps"] for run in runs}),
-        ):
-            if len(values) > 1:
-                raise SystemExit(
-                    f"{family} {scale}: found results of {len(values)} different {what} in {folder}, which do not "
-                    "compare; keep those of one in the folder"
-                )
+    for (family, scale, *_), results in found.items():
+        values = {json.dumps(run["data"], sort_keys=True) for arm in results.values() for run in arm}
+        if len(values) > 1:
+            raise SystemExit(
+                f"{family} {scale}: found results of {len(values)} different data in {folder}, which do not "
+                "compare; keep those of one in the folder"
+            )
     return found
 
 
-def where(file: dict[str, Any]) -> tuple[str, str, float]:
+def where(file: dict[str, Any]) -> Of:
     s = file["settings"]
-    return s["family"], s["scale"], s["lr"]
+    return s["family"], s["scale"], s["lr"], s["steps"]
 
 
-def another_lr(family: str, scale: str, lr: float) -> bool:
-    """Than the scale's own, which sorts first."""
-    return lr != SIZES[family][scale].lr
+def others(family: str, scale: str, lr: float, steps: int) -> str:
+    """What is not the scale's own, in words; "" where all is."""
+    size = SIZES[family][scale]
+    lr_said, steps_said = f", learning rate {lr:g}", f", {steps} steps"
+    return lr_said * (lr != size.lr) + steps_said * (steps != size.steps)
 
 
 def table(results: Results) -> str:
@@ -219,28 +226,49 @@ def claims(results: Results) -> list[str]:
     return said
 
 
-def learning_rates(found: dict[tuple[str, str, float], Any], family: str, scale: str) -> list[str]:
+def learning_rates(found: dict[Of, Any], family: str, scale: str) -> list[str]:
     """What dense loses at each learning rate that was tried, where there are several."""
     ends = {}
-    for (*of, lr), results in found.items():
+    for (*of, lr, steps), results in found.items():
         runs = [run for run in results.get("dense", []) if run["settings"]["seed"] == 0]
-        if of == [family, scale] and runs:
+        if of == [family, scale] and steps == SIZES[family][scale].steps and runs:
             ends[lr] = runs[0]["held_out"][-1][2]
     said = ", ".join(f"{end:.4f} at {lr:g}" for lr, end in sorted(ends.items()))
     return [f"Dense ends at {said} of the learning rate (seed 0)."] if len(ends) > 1 else []
 
 
+def alone(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those whose times say something."""
+    return [run for run in runs if not run["settings"]["shared"] and not run["error"]]
+
+
+def in_other_steps(found: dict[Of, Any], of: Of) -> dict[str, list[dict[str, Any]]]:
+    """{name: runs}: dense of fewer or more steps, whose schedules end where those of a faster or slower arm do."""
+    same = {other: results.get("dense", []) for other, results in found.items() if other[:3] == of[:3] and other != of}
+    return {f"dense, {other[3]} steps": alone(runs) for other, runs in same.items() if alone(runs)}
+
+
+def at_equal_time(found: dict[Of, Any], of: Of) -> list[str]:
+    """Sentences: who is ahead where both have come to the end of their schedules in about the same time."""
+    said = []
+    for arm, name in zip(FST, ("FST", "FST with `lr_scale`"), strict=True):
+        for run, dense in product(alone(found[of].get(arm, [])), chain(*in_other_steps(found, of).values())):
+            if dense["settings"]["device"] != run["settings"]["device"]:
+                continue
+            ends = [f"{r['settings']['steps']} steps and {r['held_out'][-1][1]:.1f} s" for r in (run, dense)]
+            losses = [r["held_out"][-1][2] for r in (run, dense)]
+            ahead = name if losses[0] < losses[1] else "dense"
+            said.append(
+                f"At equal time, both at the end of their schedules: {name} in {ends[0]} ends at {losses[0]:.4f}, dense "
+                f"in {ends[1]} at {losses[1]:.4f}: {ahead} is ahead by {100 * abs(losses[0] / losses[1] - 1):.2f}%."
+            )
+    return said
+
+
 def timed_pairs(results: Results, arm: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(the arm, dense) of one seed, each alone on a GPU of one kind."""
-    alone = [
-        {
-            run["settings"]["seed"]: run
-            for run in results.get(name, [])
-            if not run["settings"]["shared"] | bool(run["error"])
-        }
-        for name in (arm, "dense")
-    ]
-    both = [(alone[0][seed], alone[1][seed]) for seed in alone[0] if seed in alone[1]]
+    timed = [{run["settings"]["seed"]: run for run in alone(results.get(name, []))} for name in (arm, "dense")]
+    both = [(timed[0][seed], timed[1][seed]) for seed in timed[0] if seed in timed[1]]
     return [(fst, dense) for fst, dense in both if fst["settings"]["device"] == dense["settings"]["device"]]
 
 
@@ -292,35 +320,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         "is over the interval between two refreshes.",
         "",
     ]
-    for (family, scale, lr), results in found.items():
-        other = f", learning rate {lr:g}" if another_lr(family, scale, lr) else ""
-        if other and results.keys() == {"dense"}:  # said by `learning_rates`
+    for of, results in found.items():
+        family, scale, *_ = of
+        other = others(*of)
+        if other and results.keys() == {"dense"}:  # said by `learning_rates` and `at_equal_time`
             continue
         lines += [f"### {NAMES[family]}, {SCALES[scale]}{other}", "", facts(results), "", table(results)]
         rates = [] if other else learning_rates(found, family, scale)
-        lines += [f"- {sentence}" for sentence in [*rates, *claims(results)]]
+        lines += [f"- {sentence}" for sentence in [*rates, *claims(results), *at_equal_time(found, of)]]
         tried = trials(results)
         lines += ["", *["#### Trials", "", tried] * bool(tried)]
-        alone = {arm: [run for run in runs if not run["settings"]["shared"]] for arm, runs in results.items()}
-        alone = {arm: runs for arm, runs in alone.items() if runs}
+        timed = {arm: alone(runs) for arm, runs in results.items() if alone(runs)} | in_other_steps(found, of)
         ablated = {arm: runs for arm, runs in results.items() if arm in ABLATIONS}
         changed = {arm: results[arm] for arm in ("dense", *FST, *TRIALS) if arm in results} if tried else {}
         for what, said, drawn in (
             ("steps", "held-out loss over steps", ablated),
-            ("time", "held-out loss over time", alone),
+            ("time", "held-out loss over time", timed),
             ("flips", "flip rates", ablated),
             ("trials", "held-out loss of the trials over steps", changed),
             ("trials_flips", "flip rates of the trials", changed),
         ):
             if drawn:
-                picture = pictures / f"{kind(family, scale, lr)}_{what}.svg"
+                picture = pictures / f"{kind(*of)}_{what}.svg"
                 if what.endswith("flips"):
                     draw_flips(drawn, picture)
                 else:
                     x, label = (1, "seconds of training") if what == "time" else (0, "step")
                     draw(drawn, picture, x, label)
                 lines.append(image(said, picture, args.document))
-        lines += ["", *searched(args.results, kind(family, scale, lr), pictures, args.document)]
+        lines += ["", *searched(args.results, kind(*of), pictures, args.document)]
     text = f"{BEGIN}\n{chr(10).join(lines).rstrip()}\n{END}\n"
     if args.document.exists():
         page = args.document.read_text()

@@ -162,9 +162,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--family", choices=list(SIZES), required=True)
     p.add_argument(
         "--scale",
-        choices=["tiny", "small", "base"],
+        choices=["tiny", "small", "base", "wide"],
         default="small",
-        help="one layer and few steps, to try the script; 20M parameters; or GPT-2's / BERT-base's",
+        help="one layer and few steps, to try the script; 20M parameters; GPT-2's / BERT-base's; GPT 4096 wide",
     )
     p.add_argument("--tiny", action="store_const", dest="scale", const="tiny", help="the same as --scale tiny")
     p.add_argument(
@@ -191,12 +191,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.arms = [] if args.prepare or args.search_only else named(args.arms)
     except ValueError as error:
         p.error(f"--arms: {error}")
+    if args.scale not in SIZES[args.family]:
+        p.error(f"--scale: found {args.scale} of {args.family}, need one of {', '.join(SIZES[args.family])}")
     tiny = args.scale == "tiny"
     args.size = SIZES[args.family][args.scale]
     for name in ("steps", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(args.size, name))
-    args.kind = kind(args.family, args.scale, args.lr)
+    args.kind = kind(args.family, args.scale, args.lr, args.steps)
     args.name = f"{args.kind}_{args.seed}"
     args.warm_up = max(1, args.steps // 10)
     args.refresh_every = 3 if tiny else REFRESH_EVERY
