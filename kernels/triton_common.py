@@ -105,10 +105,10 @@ def masks_of_words(words, ORDER: tl.constexpr, G: tl.constexpr):
     low = select_bytes(_of_groups(words[0], G), _of_groups(words[1], G), of_two)
     high = select_bytes(_of_groups(words[2], G), _of_groups(words[3], G), of_two)
     nibbles = (select_bytes(low, high, 0x5410) >> shift.to(tl.uint32)) & 0x0F0F0F0F
-    nibbles = select_bytes(nibbles | nibbles >> 4, nibbles, 0x20)
+    # the lowest three bits of n + n / 4 tell the six nibbles apart, for a table of eight bytes: what each of them keeps
+    pairs = (nibbles + (nibbles >> 2)) & 0x07070707
     zero = nibbles & 0
-    bits = zero | 0x08040201  # a table: byte l is the bit of lane l
-    kept = select_bytes(bits, zero, nibbles & 0x3333) | select_bytes(bits, zero, (nibbles >> 2) & 0x3333)
+    kept = select_bytes(zero | 0x06050C0A, zero | 0x09000300, select_bytes(pairs | pairs >> 4, zero, 0x20))
     return select_bytes(kept | kept >> 4, zero, 0x4420).to(tl.int32)
 
 

@@ -382,21 +382,17 @@ def _pointer(table, i: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr)
 
 
 @triton.jit
-def _strip(table, strips, FIELDS: tl.constexpr, STRIP: tl.constexpr):
+def _strip(table, strips, FIELDS: tl.constexpr):
     """This program's part: its table row, the tile row, and the tile columns from first to last."""
-    table += tl.load(strips + tl.program_id(0)) * FIELDS
-    begin, tiles = tl.load(table), tl.load(table + 1).to(tl.int32)
-    strip = (tl.program_id(0) - begin).to(tl.int32)
-    across = (tiles + STRIP - 1) // STRIP
-    first = strip % across * STRIP
-    return table, strip // across, first, tl.minimum(first + STRIP, tiles)
+    strips += 4 * tl.program_id(0)
+    return table + tl.load(strips) * FIELDS, tl.load(strips + 1), tl.load(strips + 2), tl.load(strips + 3)
 
 
 @triton.jit
 def _place(table):
     """row, col, rows, cols: where the weight stands in its packed matrix."""
-    row, col = _field(table, 2, 64).to(tl.int32), _field(table, 3, 64).to(tl.int32)
-    return row, col, _field(table, 4, 64), _field(table, 5, 64)
+    row, col = _field(table, 0, 64).to(tl.int32), _field(table, 1, 64).to(tl.int32)
+    return row, col, _field(table, 2, 64), _field(table, 3, 64)
 
 
 @triton.jit
@@ -407,8 +403,8 @@ def _strides(table, i: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def pack_weights_kernel(
-    table,  # int64 [n, FIELDS], see `_launch_all`
-    strips,  # int32: the table row of each program
+    table,  # int64 [n, FIELDS], see `_row_of`
+    strips,  # int32 [programs, 4]: table row, tile row, first tile column, the one after the last
     stats,  # int64 [n, 2], zeroed
     SEARCH: tl.constexpr,
     MASTER: tl.constexpr,  # dtype of the weights
@@ -416,18 +412,17 @@ def pack_weights_kernel(
     UNIT: tl.constexpr,
     ORDER: tl.constexpr,
     T: tl.constexpr,
-    STRIP: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
     BY_WORD: tl.constexpr = UNIT and MASTER == DTYPE and DTYPE.primitive_bitwidth == 16
     G: tl.constexpr = T // 4
-    table, tile_row, first, last = _strip(table, strips, FIELDS, STRIP)
+    table, tile_row, first, last = _strip(table, strips, FIELDS)
     row, col, rows, cols = _place(table)
-    w = _pointer(table, 6, MASTER, UNIT)
-    stride_r, stride_c = _strides(table, 7, UNIT)
-    packed = _pointer(table, 9, DTYPE, True)
-    packed_t = _pointer(table, 10, DTYPE, True)
-    stats += 2 * tl.load(table + 11)
+    w = _pointer(table, 4, MASTER, UNIT)
+    stride_r, stride_c = _strides(table, 5, UNIT)
+    packed = _pointer(table, 7, DTYPE, True)
+    packed_t = _pointer(table, 8, DTYPE, True)
+    stats += 2 * tl.load(table + 9)
     metadata, metadata_t = metadata_of(packed, rows, cols), metadata_of(packed_t, cols, rows)
     r0 = tile_row * T
     r = r0 + 4 * tl.arange(0, G)
@@ -519,8 +514,8 @@ def pack_weights_kernel(
 
 @triton.jit
 def masked_decay_kernel(
-    table,  # int64 [n, FIELDS], see `_launch_all`
-    strips,  # int32: the table row of each program
+    table,  # int64 [n, FIELDS], see `_row_of`
+    strips,  # int32 [programs, 4]: table row, tile row, first tile column, the one after the last
     decay,
     MASTER: tl.constexpr,  # dtype of the weights
     DTYPE: tl.constexpr,  # of the packed forms
@@ -529,16 +524,15 @@ def masked_decay_kernel(
     UNIT_GRAD: tl.constexpr,
     ORDER: tl.constexpr,
     T: tl.constexpr,
-    STRIP: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    table, tile_row, first, last = _strip(table, strips, FIELDS, STRIP)
+    table, tile_row, first, last = _strip(table, strips, FIELDS)
     row, col, rows, cols = _place(table)
-    w = _pointer(table, 6, MASTER, UNIT)
-    w_r, w_c = _strides(table, 7, UNIT)
-    metadata = metadata_of(_pointer(table, 9, DTYPE, True), rows, cols)
-    grad = _pointer(table, 10, GRAD, UNIT_GRAD)
-    grad_r, grad_c = _strides(table, 11, UNIT_GRAD)
+    w = _pointer(table, 4, MASTER, UNIT)
+    w_r, w_c = _strides(table, 5, UNIT)
+    metadata = metadata_of(_pointer(table, 7, DTYPE, True), rows, cols)
+    grad = _pointer(table, 8, GRAD, UNIT_GRAD)
+    grad_r, grad_c = _strides(table, 9, UNIT_GRAD)
     r = tile_row * T + tl.arange(0, T)
     lane = tl.arange(0, 4)[None, None, :]
     for tile in range(first, last):
@@ -552,6 +546,7 @@ def masked_decay_kernel(
 
 
 _STRIP = 4  # tiles of a program
+_HALVED = 8  # of so many programs the last one takes half as many
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -583,18 +578,28 @@ def _unit(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
+def _strips(tiles: Sequence[tuple[int, int]]) -> Tensor:
+    """int32 [programs, 4] of weights of so many tiles down and across; the last ones halved: programs end together."""
+    parts = []
+    for i, (down, across) in enumerate(tiles):
+        first = torch.arange(0, across, _STRIP, dtype=torch.int32, device="cpu")
+        part = torch.empty(down, len(first), 4, dtype=torch.int32, device="cpu")
+        part[:, :, 0], part[:, :, 1] = i, torch.arange(down, dtype=torch.int32, device="cpu")[:, None]
+        part[:, :, 2], part[:, :, 3] = first, (first + _STRIP).clamp(max=across)
+        parts.append(part.flatten(0, 1))
+    strips = torch.cat(parts)
+    strips, last = strips.split([len(strips) - len(strips) // _HALVED, len(strips) // _HALVED])
+    halves = last[:, None].repeat(1, 2, 1)
+    halves[:, 0, 3] = halves[:, 1, 2] = (last[:, 2] + last[:, 3] + 1) // 2
+    halves = halves.flatten(0, 1)
+    return torch.cat([strips, halves[halves[:, 2] < halves[:, 3]]])
+
+
 @lru_cache(maxsize=256)  # the addresses are part of the key: what is stale is never found
 def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
     """The table and the strips on the device; made anew for each stream, which has to wait for their copy."""
-    begin, table, count = 0, [], []
-    for r, tiles, *fields in rows:
-        table.append([begin, tiles, *fields])
-        count.append(r // layout.TILE * -(-tiles // _STRIP))
-        begin += count[-1]
-    strips = torch.arange(len(rows), dtype=torch.int32, device="cpu").repeat_interleave(
-        torch.tensor(count, device="cpu")
-    )
-    host = torch.tensor(table, dtype=torch.int64, device="cpu"), strips
+    table = torch.tensor([fields for _, _, *fields in rows], dtype=torch.int64, device="cpu")
+    host = table, _strips([(down, across) for down, across, *_ in rows])
     if device.type != "cuda":
         return host
     moved = [x.pin_memory().to(device, non_blocking=True) for x in host]
@@ -604,21 +609,21 @@ def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]
 def _launch_all(kernel: Any, rows: list[tuple[int, ...]], device: torch.device, *args: Any, **constants: Any) -> None:
     """One program for each strip of each weight.
 
-    rows: the tiles down and across of each weight, then the fields of its table row from the third on. In a table row
-    the first two are its first program and the tiles across.
+    rows: of each weight the tiles down and across, then the fields of its table row.
     """
     rows = [row for row in rows if row[0] and row[1]]
     if not rows:
         return
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     table, strips = _tables(device, stream, tuple(rows))
-    constants |= {"T": layout.TILE, "STRIP": _STRIP, "FIELDS": table.shape[1], "ORDER": layout.metadata_order(device)}
+    constants |= {"T": layout.TILE, "FIELDS": table.shape[1], "ORDER": layout.metadata_order(device)}
     launch(kernel, (strips.shape[0],), device, table, strips, *args, **constants)
 
 
 def _row_of(block: Block) -> tuple[int, ...]:
+    """Tiles down and across, then the first fields of a table row: place, weight, strides, packed form."""
     w = block.w
-    place = (w.shape[0], w.shape[1] // layout.TILE, block.row, block.col, block.rows, block.cols)
+    place = (w.shape[0] // layout.TILE, w.shape[1] // layout.TILE, block.row, block.col, block.rows, block.cols)
     return (*place, w.data_ptr(), w.stride(0), w.stride(1), block.packed.data_ptr())
 
 

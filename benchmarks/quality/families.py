@@ -21,7 +21,8 @@ HEAD = 64
 class Size:
     """depth: of each stack. context: tokens a sequence; of images: pixels a side. classes: or words.
 
-    lr: at the small scale, of those tried the one at which dense ends best (but for BERT, where none was compared).
+    lr: of those tried the one at which dense ends best, at the small scale. tuned_at: the width at which it was found,
+    where that is another one; the model and its optimizer are then scaled from there as muP has it (arXiv 2203.03466).
     """
 
     width: int
@@ -32,6 +33,12 @@ class Size:
     steps: int
     lr: float
     patch: int = 0
+    tuned_at: int = 0
+
+    @property
+    def hidden_factor(self) -> float:
+        """Of the learning rate of hidden matrices, of their variance at the start, and of the logits."""
+        return self.tuned_at / self.width if self.tuned_at else 1.0
 
 
 SIZES = {
@@ -39,7 +46,7 @@ SIZES = {
         "tiny": Size(64, 1, 32, 8, 512, 60, 3e-3),
         "small": Size(384, 10, 256, 64, 8192, 2000, 2e-3),
         "base": Size(768, 12, 1024, 32, 50304, 4000, 1e-3),  # GPT-2 124M; 131M tokens
-        "wide": Size(4096, 3, 1024, 16, 8192, 1200, 3e-4),  # as wide as Llama-3-8B, where 2:4 is faster; 20M tokens
+        "wide": Size(4096, 3, 1024, 16, 8192, 1200, 2e-3, tuned_at=384),  # Llama-3-8B's width; 20M tokens
     },
     "bert": {
         "tiny": Size(64, 1, 32, 16, 512, 60, 3e-3),
@@ -109,14 +116,14 @@ class Block(nn.Module):
         return x + self.feed_forward(self.norms[1](x))
 
 
-def initialize(model: nn.Module, depth: int) -> None:
+def initialize(model: nn.Module, depth: int, hidden_factor: float = 1.0) -> None:
     """GPT-2's: normal of 0.02, at the ends of residual branches divided by sqrt(2 depth); biases zero."""
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
         elif p.dim() > 1:
-            residual = name.endswith(("out.weight", "down.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth) if residual else 0.02)
+            std = 0.02 / math.sqrt(2 * depth) if name.endswith(("out.weight", "down.weight")) else 0.02
+            nn.init.normal_(p, std=std * math.sqrt(hidden_factor) if name.startswith("blocks.") else std)
 
 
 class LanguageModel(nn.Module):
@@ -129,14 +136,16 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(size.width, ff, causal, post=not causal) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.width) if causal else nn.Identity()
         self.head = nn.Linear(size.width, size.classes, bias=False)
-        self.head.weight = self.embedding.weight
-        initialize(self, size.depth)
+        self.head.weight, self.of_logits = self.embedding.weight, size.hidden_factor
+        initialize(self, size.depth, size.hidden_factor)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self.first(self.embedding(tokens) + self.positions.weight[: tokens.shape[1]])
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x)).float()
+        if self.of_logits != 1.0:
+            logits = logits * self.of_logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE), None
 
 

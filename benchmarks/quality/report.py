@@ -259,8 +259,9 @@ def at_equal_time(found: dict[Of, Any], of: Of) -> list[str]:
             losses = [r["held_out"][-1][2] for r in (run, dense)]
             ahead = name if losses[0] < losses[1] else "dense"
             said.append(
-                f"At equal time, both at the end of their schedules: {name} in {ends[0]} ends at {losses[0]:.4f}, dense "
-                f"in {ends[1]} at {losses[1]:.4f}: {ahead} is ahead by {100 * abs(losses[0] / losses[1] - 1):.2f}%."
+                f"At equal time, both at the end of their schedules: {name} in {ends[0]} ends at {losses[0]:.4f}, "
+                f"dense in {ends[1]} at {losses[1]:.4f}: {ahead} is ahead by "
+                f"{100 * abs(losses[0] / losses[1] - 1):.2f}%."
             )
     return said
 

@@ -78,7 +78,7 @@ def search_decay(family: Family, args: argparse.Namespace, common: dict[str, Any
     try:
         search = sparse24.find_decay(
             family.model,
-            lambda model: optimizer_of(model, args.lr),
+            lambda model: optimizer_of(model, args.lr, args.size.hidden_factor),
             step_fn,
             steps=args.search_steps,
             options=common,
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = {"refresh_every": args.refresh_every, "when": "always", "seed": args.seed, "inner": args.inner}
     args.settings = {
         **{k: getattr(args, k) for k in ("family", "scale", "seed", "steps", "lr", "warm_up", "inner", "shared")},
-        "size": asdict(size),
+        "size": {k: v for k, v in asdict(size).items() if v or k != "tuned_at"},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "data_sha256": family.facts.get("sha256"),
     }
