@@ -157,12 +157,12 @@ def profile(run: Run, top: int = 14) -> dict[str, float]:
     return {name: round(ms, 3) for name, ms in ordered[:top]} | {"all kernels": round(sum(kernels.values()), 3)}
 
 
-def compare(name: str, layers: str, when: str, cudagraphs: bool, with_profile: bool) -> dict[str, Any]:
+def compare(name: str, layers: str, when: str, wgrad: str, cudagraphs: bool, with_profile: bool) -> dict[str, Any]:
     torch._dynamo.reset()
     import sparse24
 
     inductor = {"triton.cudagraphs": True} if cudagraphs else {}
-    options = {"layers": layers, "when": when, "inductor": inductor}
+    options = {"layers": layers, "when": when, "wgrad": wgrad, "inductor": inductor}
     dense = Run(MODELS[name], {"options": inductor} if cudagraphs else {})
     sparse = Run(MODELS[name], {"backend": "sparse24", "options": options})
     seconds = {}
@@ -219,10 +219,12 @@ def main() -> None:
     p.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="which models")
     p.add_argument("--layers", nargs="+", default=["ffn", "all"], help="which linears are sparse")
     p.add_argument("--when", default="faster", choices=["faster", "always"], help="the recipe's option")
+    p.add_argument("--wgrad", default="mvue", choices=["mvue", "dense"], help="the recipe's option")
     p.add_argument("--cudagraphs", action="store_true", help="compile both into CUDA graphs")
     p.add_argument("--profile", action="store_true", help="add the time of each kernel")
     args = p.parse_args()
-    rows = Rows(args.out, ("model", "layers"), args.resume, when=args.when, cudagraphs=args.cudagraphs)
+    settings = {"when": args.when, "wgrad": args.wgrad, "cudagraphs": args.cudagraphs}
+    rows = Rows(args.out, ("model", "layers"), args.resume, **settings)
     print(environment())
     print(
         f"{'model':20s} {'layers':6s} {'dense ms':>9s} {'sparse ms':>9s} {'ratio':>6s} {'micro':>6s}  sparse weights",
@@ -232,7 +234,7 @@ def main() -> None:
         for layers in args.layers:
             if (name, layers) in rows:
                 continue
-            row = compare(name, layers, args.when, args.cudagraphs, args.profile)
+            row = compare(name, layers, **settings, with_profile=args.profile)
             print(
                 f"{name:20s} {layers:6s} {row['dense_ms']:9.2f} {row['sparse_ms']:9.2f} {row['ratio']:6.3f} "
                 f"{row['micro_ratio']:6.3f}  {row['sparse_weights']}",

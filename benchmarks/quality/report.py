@@ -39,6 +39,7 @@ MEANING = {
     "dense": "dense",
     "fst": "FST: 2:4 with masked decay and MVUE, the last sixth dense",
     "fst-lr": f"FST with {LR_SCALE:g} times the learning rate in sparse layers (`lr_scale`)",
+    "lr-dense-wgrad": "the same with dense weight gradients (no MVUE)",
     "fst-sparse-end": "FST without the dense end: the final model is 2:4",
     "fst-dense-wgrad": "FST with dense weight gradients (no MVUE)",
     "decay-too-large": f"FST with {TOO_LARGE} times the decay",
@@ -55,7 +56,8 @@ MEANING = {
     "combined": "decay proportional to the learning rate, and MVUE off late",
     "lr-dense-start": f"`lr_scale` {LR_SCALE:g}, and the first tenth dense",
     "lr-dense-third": f"`lr_scale` {LR_SCALE:g}, and the last third dense",
-    "lr-dense-wgrad": f"`lr_scale` {LR_SCALE:g}, and dense weight gradients",
+    "lr-mvue-off-early": f"`lr_scale` {LR_SCALE:g}, and dense weight gradients in the first third",
+    "lr-mvue-off-late": f"`lr_scale` {LR_SCALE:g}, and dense weight gradients from the middle on",
     "lr-sparse-end": f"`lr_scale` {LR_SCALE:g}, without the dense end",
     "lr-more": f"`lr_scale` {1.5 * LR_SCALE:g}",
     "lr-s-ste": f"S-STE with `lr_scale` {LR_SCALE:g}",
@@ -72,7 +74,11 @@ ORDER = (
     ("fst", "half"),
 )
 #: Arms whose claim is judged.
-FST = ("fst", "fst-lr")
+FST = {
+    "fst": "FST",
+    "fst-lr": "FST with `lr_scale`",
+    "lr-dense-wgrad": "FST with `lr_scale` and dense weight gradients",
+}
 
 
 Of = tuple[str, str, float, int]  # family, scale, learning rate, steps: what runs that compare share
@@ -190,7 +196,7 @@ def claims(results: Results) -> list[str]:
     """Sentences: is FST as good as dense at equal steps, is it ahead at equal time, are the ablations in order."""
     said = []
     by_loss = "least_loss" not in (results.get("dense") or results.get("fst") or [{"data": {}}])[0]["data"]
-    for arm, name in zip(FST, ("FST", "FST with `lr_scale`"), strict=True):
+    for arm, name in FST.items():
         found = pairs(results, arm, "dense", 2 if by_loss else 3)
         if found:
             ratio = mean(number / base - 1 for number, base in found)
@@ -251,7 +257,7 @@ def in_other_steps(found: dict[Of, Any], of: Of) -> dict[str, list[dict[str, Any
 def at_equal_time(found: dict[Of, Any], of: Of) -> list[str]:
     """Sentences: who is ahead where both have come to the end of their schedules in about the same time."""
     said = []
-    for arm, name in zip(FST, ("FST", "FST with `lr_scale`"), strict=True):
+    for arm, name in FST.items():
         for run, dense in product(alone(found[of].get(arm, [])), chain(*in_other_steps(found, of).values())):
             if dense["settings"]["device"] != run["settings"]["device"]:
                 continue
