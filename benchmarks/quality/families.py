@@ -66,11 +66,9 @@ SIZES = {
 }
 
 
-def kind(family: str, scale: str, lr: float, steps: int) -> str:
-    """What the files of runs that compare are named by: other steps or another learning rate than the scale's too."""
-    size = SIZES[family][scale]
-    of_steps = f"_steps{steps}" if steps != size.steps else ""
-    return f"{family}_{scale}" + (f"_lr{lr:g}" if lr != size.lr else "") + of_steps
+def kind(family: str, scale: str, lr: float) -> str:
+    """What the files of runs that compare are named by: another learning rate than the scale's is named too."""
+    return f"{family}_{scale}" + (f"_lr{lr:g}" if lr != SIZES[family][scale].lr else "")
 
 
 class Attention(nn.Module):

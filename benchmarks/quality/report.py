@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -47,6 +47,7 @@ MEANING = {
     "ste": "STE alone: no decay, no MVUE, no dense end",
     "s-ste": "S-STE: soft thresholds, the final model is 2:4",
     "half": "dense, feed-forward layers of half the width",
+    "dense-short": "dense, in eight ninths of the steps",
     "decay-by-lr": "decay proportional to the learning rate",
     "mvue-off-late": "MVUE off from two thirds of the steps on",
     "refresh-grows": "masks refreshed at a quarter of the interval at first, at four times of it late",
@@ -81,16 +82,16 @@ FST = {
 }
 
 
-Of = tuple[str, str, float, int]  # family, scale, learning rate, steps: what runs that compare share
+Of = tuple[str, str, float]  # family, scale, learning rate: what runs that compare share
 
 
 def load(folder: Path) -> dict[Of, dict[str, list[dict[str, Any]]]]:
-    """{what runs share: {arm: results}}, in the order of NAMES, SCALES and ARMS; the scale's own learning rate and
-    steps come first.
+    """{what runs share: {arm: results}}, in the order of NAMES, SCALES and ARMS; the scale's own
+    learning rate comes first.
     """
     found: dict[Of, dict[str, list[dict[str, Any]]]] = {}
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if not path.stem.endswith("_decay")]
-    files.sort(key=lambda file: (bool(others(*where(file))), file["settings"]["lr"], file["settings"]["steps"]))
+    files.sort(key=lambda file: (another_lr(*where(file)), file["settings"]["lr"]))
     for family in NAMES:
         for scale in SCALES:
             for arm in ARMS:
@@ -99,26 +100,28 @@ def load(folder: Path) -> dict[Of, dict[str, list[dict[str, Any]]]]:
                         found.setdefault(where(file), {}).setdefault(arm, []).append(file)
     if not found:
         raise SystemExit(f"found no result in {folder}: run benchmarks/quality/run.py first")
-    for (family, scale, *_), results in found.items():
-        values = {json.dumps(run["data"], sort_keys=True) for arm in results.values() for run in arm}
-        if len(values) > 1:
-            raise SystemExit(
-                f"{family} {scale}: found results of {len(values)} different data in {folder}, which do not "
-                "compare; keep those of one in the folder"
-            )
+    for (family, scale, _), results in found.items():
+        runs = [run for arm in results.values() for run in arm]
+        for what, values in (
+            ("data", {json.dumps(run["data"], sort_keys=True) for run in runs}),
+            ("steps", {round(run["settings"]["steps"] / run["settings"].get("share", 1)) for run in runs}),
+        ):
+            if len(values) > 1:
+                raise SystemExit(
+                    f"{family} {scale}: found results of {len(values)} different {what} in {folder}, which do not "
+                    "compare; keep those of one in the folder"
+                )
     return found
 
 
 def where(file: dict[str, Any]) -> Of:
     s = file["settings"]
-    return s["family"], s["scale"], s["lr"], s["steps"]
+    return s["family"], s["scale"], s["lr"]
 
 
-def others(family: str, scale: str, lr: float, steps: int) -> str:
-    """What is not the scale's own, in words; "" where all is."""
-    size = SIZES[family][scale]
-    lr_said, steps_said = f", learning rate {lr:g}", f", {steps} steps"
-    return lr_said * (lr != size.lr) + steps_said * (steps != size.steps)
+def another_lr(family: str, scale: str, lr: float) -> bool:
+    """Than the scale's own, which sorts first."""
+    return lr != SIZES[family][scale].lr
 
 
 def table(results: Results) -> str:
@@ -235,9 +238,9 @@ def claims(results: Results) -> list[str]:
 def learning_rates(found: dict[Of, Any], family: str, scale: str) -> list[str]:
     """What dense loses at each learning rate that was tried, where there are several."""
     ends = {}
-    for (*of, lr, steps), results in found.items():
+    for (*of, lr), results in found.items():
         runs = [run for run in results.get("dense", []) if run["settings"]["seed"] == 0]
-        if of == [family, scale] and steps == SIZES[family][scale].steps and runs:
+        if of == [family, scale] and runs:
             ends[lr] = runs[0]["held_out"][-1][2]
     said = ", ".join(f"{end:.4f} at {lr:g}" for lr, end in sorted(ends.items()))
     return [f"Dense ends at {said} of the learning rate (seed 0)."] if len(ends) > 1 else []
@@ -248,18 +251,12 @@ def alone(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [run for run in runs if not run["settings"]["shared"] and not run["error"]]
 
 
-def in_other_steps(found: dict[Of, Any], of: Of) -> dict[str, list[dict[str, Any]]]:
-    """{name: runs}: dense of fewer or more steps, whose schedules end where those of a faster or slower arm do."""
-    same = {other: results.get("dense", []) for other, results in found.items() if other[:3] == of[:3] and other != of}
-    return {f"dense, {other[3]} steps": alone(runs) for other, runs in same.items() if alone(runs)}
-
-
-def at_equal_time(found: dict[Of, Any], of: Of) -> list[str]:
+def at_equal_time(results: Results) -> list[str]:
     """Sentences: who is ahead where both have come to the end of their schedules in about the same time."""
     said = []
     for arm, name in FST.items():
-        for run, dense in product(alone(found[of].get(arm, [])), chain(*in_other_steps(found, of).values())):
-            if dense["settings"]["device"] != run["settings"]["device"]:
+        for run, dense in product(alone(results.get(arm, [])), alone(results.get("dense-short", []))):
+            if any(dense["settings"][what] != run["settings"][what] for what in ("device", "seed")):
                 continue
             ends = [f"{r['settings']['steps']} steps and {r['held_out'][-1][1]:.1f} s" for r in (run, dense)]
             losses = [r["held_out"][-1][2] for r in (run, dense)]
@@ -327,17 +324,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "is over the interval between two refreshes.",
         "",
     ]
-    for of, results in found.items():
-        family, scale, *_ = of
-        other = others(*of)
-        if other and results.keys() == {"dense"}:  # said by `learning_rates` and `at_equal_time`
+    for (family, scale, lr), results in found.items():
+        other = f", learning rate {lr:g}" if another_lr(family, scale, lr) else ""
+        if other and results.keys() == {"dense"}:  # said by `learning_rates`
             continue
         lines += [f"### {NAMES[family]}, {SCALES[scale]}{other}", "", facts(results), "", table(results)]
         rates = [] if other else learning_rates(found, family, scale)
-        lines += [f"- {sentence}" for sentence in [*rates, *claims(results), *at_equal_time(found, of)]]
+        lines += [f"- {sentence}" for sentence in [*rates, *claims(results), *at_equal_time(results)]]
         tried = trials(results)
         lines += ["", *["#### Trials", "", tried] * bool(tried)]
-        timed = {arm: alone(runs) for arm, runs in results.items() if alone(runs)} | in_other_steps(found, of)
+        timed = {arm: alone(runs) for arm, runs in results.items() if alone(runs)}
         ablated = {arm: runs for arm, runs in results.items() if arm in ABLATIONS}
         changed = {arm: results[arm] for arm in ("dense", *FST, *TRIALS) if arm in results} if tried else {}
         for what, said, drawn in (
@@ -348,14 +344,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("trials_flips", "flip rates of the trials", changed),
         ):
             if drawn:
-                picture = pictures / f"{kind(*of)}_{what}.svg"
+                picture = pictures / f"{kind(family, scale, lr)}_{what}.svg"
                 if what.endswith("flips"):
                     draw_flips(drawn, picture)
                 else:
                     x, label = (1, "seconds of training") if what == "time" else (0, "step")
                     draw(drawn, picture, x, label)
                 lines.append(image(said, picture, args.document))
-        lines += ["", *searched(args.results, kind(*of), pictures, args.document)]
+        lines += ["", *searched(args.results, kind(family, scale, lr), pictures, args.document)]
     text = f"{BEGIN}\n{chr(10).join(lines).rstrip()}\n{END}\n"
     if args.document.exists():
         page = args.document.read_text()

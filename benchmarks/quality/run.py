@@ -92,7 +92,9 @@ def search_decay(family: Family, args: argparse.Namespace, common: dict[str, Any
 
 
 def train(name: str, arm: Arm, family: Family, args: argparse.Namespace) -> None:
-    settings = {**args.settings, "arm": name, **json.loads(json.dumps(arm.settings()))}
+    steps = round(arm.share * args.steps)
+    settings = {**args.settings, "arm": name, **json.loads(json.dumps(arm.settings())), "steps": steps}
+    args = argparse.Namespace(**{**vars(args), "steps": steps, "warm_up": max(1, steps // 10)})
     result, checkpoint = args.out / f"{args.name}_{name}.json", args.work / f"{args.name}_{name}.pt"
     if result.exists():
         expect_same(json.loads(result.read_text())["settings"], settings, result)
@@ -198,7 +200,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("steps", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(args.size, name))
-    args.kind = kind(args.family, args.scale, args.lr, args.steps)
+    args.kind = kind(args.family, args.scale, args.lr)
     args.name = f"{args.kind}_{args.seed}"
     args.warm_up = max(1, args.steps // 10)
     args.refresh_every = 3 if tiny else REFRESH_EVERY

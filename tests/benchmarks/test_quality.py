@@ -45,18 +45,21 @@ def test_every_arm_trains_and_the_report_says_what_was_saved(tmp_path: Path, tra
     results = {arm: load(tmp_path / "out", f"gpt_tiny_0_{arm}") for arm in arms.ARMS}
     to_the_end = (*range(3, 31, 3),)
     for arm, result in results.items():
-        assert result["held_out"][-1][0] == 30 and result["held_out"][-1][2] < result["losses"][0][1] - 0.3, arm
+        steps = 27 if arm == "dense-short" else 30
+        assert result["held_out"][-1][0] == steps and result["held_out"][-1][2] < result["losses"][0][1] - 0.3, arm
         assert result["losses"][-1][1] < result["losses"][0][1] - 0.3, arm
         refreshes = tuple(step for step, _ in result["flips"])
         if arm in ("dense", "half", "s-ste", "ste", "fst-sparse-end", "lr-sparse-end", "lr-s-ste"):
             assert refreshes == to_the_end, arm
+        elif arm == "dense-short":
+            assert refreshes == to_the_end[:-1]
         elif arm == "refresh-grows":
             assert refreshes == (1, 2, 3, 4, 5, 6, 9, 12, 15, 24)  # every 1 to step 5, every 12 from 15 on
         else:
             begin, end = 3 * (arm == "lr-dense-start"), 20 if "dense-third" in arm else 25
             assert refreshes == tuple(r for r in to_the_end if begin < r < end), arm
         assert any(rate > 0 for _, rate in result["flips"]), arm
-        dense = arm in ("dense", "half")
+        dense = arm in ("dense", "dense-short", "half")
         assert result["sparse_weights"] == (0 if dense else 2) and result["error"] is None
         assert result["data"] == results["dense"]["data"] and len(result["data"]["sha256"]) == 64
         assert result["seconds"] > 0 and result["compile_seconds"] > 0
@@ -300,8 +303,9 @@ def saved(folder: Path, arm: str, seed: int, loss: float, seconds: float, **sett
     """A result as run.py writes it, with made-up numbers."""
     settings = {"family": "gpt", "scale": "small", "arm": arm, "seed": seed, "steps": 4, "lr": 2e-3, **settings}
     settings = {"shared": False, "device": "H", "size": {"batch": 2}, "options": {"refresh_every": 40}, **settings}
-    held_out = [[2, seconds / 2, loss + 1, None], [4, seconds, loss, None]]
-    run = {"data": {"name": "text"}, "parameters": 1, "error": None, "seconds": seconds, "losses": [[4, loss]]}
+    steps = settings["steps"]
+    held_out = [[steps // 2, seconds / 2, loss + 1, None], [steps, seconds, loss, None]]
+    run = {"data": {"name": "text"}, "parameters": 1, "error": None, "seconds": seconds, "losses": [[steps, loss]]}
     run |= {"settings": settings, "held_out": held_out, "flips": [], "environment": {"torch": "2", "date": "today"}}
     (folder / f"gpt_small_{settings['lr']:g}_{seed}_{arm}.json").write_text(json.dumps(run))
 
@@ -347,6 +351,25 @@ def test_runs_at_another_learning_rate_have_a_section_of_their_own(tmp_path: Pat
         "| +0.0010 (+0.05%) | -0.0030 (-0.15%) | in 1 of 1 seeds |" in own
     )  # a trial with lr_scale, against FST with it
     assert "gpt_small_steps.svg" in own and "gpt_small_lr0.001_steps.svg" in other
+
+
+def test_dense_in_fewer_steps_tells_who_is_ahead_at_equal_time(tmp_path: Path, module: Any) -> None:
+    pytest.importorskip("matplotlib")
+    for arm, loss, seconds in (("dense", 2.0, 9.0), ("fst", 2.02, 8.0), ("fst-lr", 2.1, 8.0)):
+        saved(tmp_path, arm, 0, loss, seconds)
+    short = {"steps": 4, "share": 8 / 9}
+    saved(tmp_path, "dense-short", 0, 2.04, 8.1, **short)
+    saved(tmp_path, "dense-short", 1, 1.0, 8.1, **short)  # another seed
+    saved(tmp_path, "dense-short", 0, 1.0, 8.1, **short, lr=1e-3)
+    text = reported(module, tmp_path)
+    assert text.count("At equal time, both at the end of their schedules") == 2
+    assert "FST in 4 steps and 8.0 s ends at 2.0200, dense in 4 steps and 8.1 s at 2.0400: FST is ahead" in text
+    assert "is ahead by 0.98%" in text and "8.1 s at 2.0400: dense is ahead by 2.94%" in text
+    saved(tmp_path, "dense-short", 0, 2.04, 8.1, **short, shared=True)  # its time says nothing
+    assert "both at the end" not in reported(module, tmp_path)
+    saved(tmp_path, "dense-short", 0, 2.04, 8.1, steps=3, share=8 / 9)
+    with pytest.raises(SystemExit, match="results of 2 different steps"):
+        reported(module, tmp_path)
 
 
 def test_shared_runs_have_no_times_in_the_report(tmp_path: Path, module: Any) -> None:
