@@ -219,7 +219,7 @@ def main() -> None:
     p.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="which models")
     p.add_argument("--layers", nargs="+", default=["ffn", "all"], help="which linears are sparse")
     p.add_argument("--when", default="faster", choices=["faster", "always"], help="the recipe's option")
-    p.add_argument("--wgrad", default="mvue", choices=["mvue", "dense"], help="the recipe's option")
+    p.add_argument("--wgrad", default="mvue", choices=["mvue", "dense", "mixed"], help="the recipe's option")
     p.add_argument("--cudagraphs", action="store_true", help="compile both into CUDA graphs")
     p.add_argument("--profile", action="store_true", help="add the time of each kernel")
     args = p.parse_args()

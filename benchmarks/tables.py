@@ -315,6 +315,7 @@ def _of(script: str, table: Callable[..., str], name: str = "", options: str = "
 TABLES: dict[str, Callable[[Path], str]] = {
     "steps": _of("step", steps, STEPS),
     "graph_steps": _of("step", steps, "graph_steps.json", " --cudagraphs"),
+    "mixed_steps": _of("step", steps, "mixed_steps.json", " --wgrad mixed"),
     "wgrad_steps": _of("step", steps, "wgrad_steps.json", " --wgrad dense"),
     "first_steps": _of("step", first_steps, STEPS),
     "profile": _of("step", profile, STEPS, " --profile"),

@@ -231,10 +231,14 @@ class SparseGraph:
         """The state of each site's weight; a block that comes by for the first time gets its own here."""
         if self.inference:
             return [inference.attach(args[index], linear, self.recipe) for index, linear in self.sites]
-        return [
-            weights.get(args[index]) or weights.attach(args[index], linear.name, self.recipe)
-            for index, linear in self.sites
-        ]
+        found = []
+        for index, linear in self.sites:
+            weight = weights.get(args[index])
+            if weight is None:
+                weight = weights.attach(args[index], linear.name, self.recipe)
+                weight.wgrad = linear.wgrad
+            found.append(weight)
+        return found
 
     def _variant(
         self, active: int, args: Sequence[Any], known: list[SparseWeight], at_compile_time: bool = False
@@ -407,7 +411,7 @@ def _by_speed(
     for linear in linears:
         (rows, kind), param = together[linear], weight_of(linear.weight)
         of = (rows, linear.in_features, linear.tokens, linear.dtype, param.dtype, param.device)
-        layers[linear] = Layer(*of, recipe.wgrad, kind, linear.bias)
+        layers[linear] = Layer(*of, recipe.wgrad_of(linear.role), kind, linear.bias)
     for device in {layer.device for layer in layers.values()} if recipe.recipe == "fst" else ():
         may = [m for linear, m in layers.items() if m.device == device and (found[linear] or linear).reason is None]
         calls = [call for m in may for call in ahead.calls_of(m.dtype, m.master, m.wgrad, m.kind, m.bias)]
@@ -444,10 +448,11 @@ def _settled(param: Tensor, linear: Linear, recipe: Recipe) -> Linear | None:
         return replace(linear, reason=known.reason_skipped, wgrad=known.wgrad)
     waiting = weights.waiting(param)
     if "wgrad" in waiting:
-        wgrad = waiting["wgrad"] if recipe.wgrad == "mvue" else recipe.wgrad  # measured then, or asked for now
+        wgrad = recipe.wgrad_of(linear.role)
+        wgrad = waiting["wgrad"] if wgrad == "mvue" else wgrad  # measured then, or asked for now
         return replace(linear, reason=waiting.get("reason"), wgrad=wgrad)
     if recipe.when == "always" or recipe.recipe == "s-ste":
-        return replace(linear, wgrad=recipe.wgrad)
+        return replace(linear, wgrad=recipe.wgrad_of(linear.role))
     slow = providers.why_slow(linear.out_features, linear.in_features, linear.dtype, param.device)
     return None if slow is None else replace(linear, reason=slow)
 

@@ -18,6 +18,7 @@ from ..kernels.providers import why_slow
 from .doctor import checks
 from .errors import OptionError
 from .explain import explain
+from .recipe import Recipe
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int64", "int32", "bool")}
 
@@ -176,7 +177,7 @@ def _add_bench(commands: Any) -> None:
     p.add_argument(
         "--master", default="float32", choices=["float32", "bfloat16", "float16"], help="dtype of the weights"
     )
-    p.add_argument("--wgrad", default="mvue", choices=["mvue", "dense"], help="as the option of the backend")
+    p.add_argument("--wgrad", default="mvue", choices=["mvue", "dense", "mixed"], help="as the option of the backend")
     p.add_argument("--gpu", default="H200", choices=sorted(cost.GPUS), help="GPU that times are predicted for")
     p.set_defaults(run=_bench)
 
@@ -198,18 +199,19 @@ def _bench(args: argparse.Namespace) -> int:
     shapes = {up: (args.ff * (2 if args.gated else 1), args.d), "down": (args.d, args.ff)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, master = DTYPES[args.dtype], DTYPES[args.master]
+    wgrad = {name: Recipe(wgrad=args.wgrad).wgrad_of(role) for name, role in ((up, "up"), ("down", "down"))}
     reasons = {why_slow(*shape, dtype, device) for shape in shapes.values()} - {None}
     if device.type == "cuda" and not reasons:
         where = f"measured on {torch.cuda.get_device_name(device)}"
         kinds = {up: "swiglu" if args.gated else "gelu", "down": None}
         costs = {
-            n: cost.measured(Layer(rows, cols, args.tokens, dtype, master, device, args.wgrad, kinds[n]))
+            n: cost.measured(Layer(rows, cols, args.tokens, dtype, master, device, wgrad[n], kinds[n]))
             for n, (rows, cols) in shapes.items()
         }
     else:
         rates = cost.gpu_named(args.gpu)
         where = f"predicted for {args.gpu} ({'; '.join(map(str, reasons)) or 'there is no GPU here'})"
-        costs = {n: cost.predicted(*s, args.tokens, master, rates, args.wgrad) for n, s in shapes.items()}
+        costs = {n: cost.predicted(*s, args.tokens, master, rates, wgrad[n]) for n, s in shapes.items()}
     print(f"ms a training step of {args.tokens} tokens in {args.dtype}, dense > sparse, {where}")
     print(f"{'':12}{'out x in':>16}{'forward':>18}{'dgrad':>18}{'wgrad':>18}{'packing':>9}{'sum':>18}{'gain':>6}")
     for name, spent in costs.items():

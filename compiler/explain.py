@@ -148,9 +148,9 @@ def _cost(linear: Linear, group: Group, param: Tensor | None, recipe: Recipe, ra
     candidate = linear.reason is None or linear.reason.startswith(weights.SLOWER)
     if candidate and param.device.type == "cuda" and why_slow(rows, cols, linear.dtype, param.device) is None:
         of = rows, cols, linear.tokens, linear.dtype, param.dtype, param.device
-        found = cost.measured(Layer(*of, recipe.wgrad, group.kind, linear.bias))
+        found = cost.measured(Layer(*of, recipe.wgrad_of(linear.role), group.kind, linear.bias))
     else:
-        found = cost.predicted(rows, cols, linear.tokens, param.dtype, rates, recipe.wgrad)
+        found = cost.predicted(rows, cols, linear.tokens, param.dtype, rates, recipe.wgrad_of(linear.role))
     part = linear.out_features / rows
     return replace(found, dense=found.dense.share(part), sparse=found.sparse.share(part))
 

@@ -50,7 +50,9 @@ class Recipe:
     dense_after    optimizer steps after which all layers are dense (the paper: the last sixth of the run); None: never.
     sparse_after   optimizer steps before which all layers are dense (not in the paper): masks are first searched in
                    weights that have learnt something. A tenth of the run gained a little: see docs/results.md.
-    wgrad          "mvue": weight gradients from 2:4-pruned, unbiased output gradients (MVUE); "dense": from dense ones.
+    wgrad          "mvue": weight gradients from 2:4-pruned, unbiased output gradients (MVUE); "dense": from dense ones;
+                   "mixed": MVUE for up and gate projections, whose gradients the activation has thinned out, dense for
+                   the others, where MVUE adds two to four times as much noise (benchmarks/quality/noise.py).
     layers         "ffn"; "all" for attention projections too; or fnmatch patterns of parameter names. Without
                    gradients, weights that are 2:4 already are taken whatever this says.
     skip           fnmatch patterns of parameter names that stay dense.
@@ -125,6 +127,12 @@ class Recipe:
             raise OptionError(f"sparse24: found unknown option {unknown[0]!r}{hint}; valid are {', '.join(valid)}")
         return cls(**(options or {}))
 
+    def wgrad_of(self, role: str) -> str:
+        """How the weight gradient of a linear of this role (`Linear.role`) is taken: "mvue" or "dense"."""
+        if self.wgrad != "mixed":
+            return self.wgrad
+        return "mvue" if role in ("up", "gate") else "dense"
+
     def method(self) -> dict[str, Any]:
         """What decides the numbers of a run, and so has to agree between a saved state and its continuation."""
         return {k: v for k, v in asdict(self).items() if k not in _FREE}
@@ -134,7 +142,7 @@ _FREE = ("inner", "inductor", "when", "strict", "virtual_flips")
 _CHOICES = {
     "recipe": ("fst", "s-ste"),
     "decay_on": ("gradient", "weight"),
-    "wgrad": ("mvue", "dense"),
+    "wgrad": ("mvue", "dense", "mixed"),
     "when": ("faster", "always"),
     "inner": ("inductor", "aot_eager", "eager"),
 }

@@ -47,7 +47,7 @@ class SparseWeight:
         self.name, self.recipe, self.reason_skipped = name, recipe, reason_skipped
         self.split = is_dtensor(param)  # by tensor parallelism: this rank multiplies by a part of it
         self.shape: tuple[int, ...] = tuple(shards.local(param).shape)  # of that part
-        self.wgrad = recipe.wgrad
+        self.wgrad = recipe.wgrad_of("")  # until its linear is known
         self.step = 0
         self.calls = 0  # forwards with gradients since the last optimizer step: the micro-step, part of every seed
         self.flips: int | None = None

@@ -71,9 +71,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--wgrad",
-        choices=["mvue", "dense"],
+        choices=["mvue", "dense", "mixed"],
         default="mvue",
-        help="weight gradient: from output gradients pruned to 2:4 without bias, or from all of them",
+        help="weight gradients by output gradients pruned to 2:4 without bias, by all of them, or pruned in up alone",
     )
     p.add_argument("--layers", default="ffn", metavar="WHICH", help="ffn, all, or patterns of names: *.up.*,*.down.*")
     p.add_argument(

@@ -56,6 +56,7 @@ def ablations(decay: float, steps: int) -> dict[str, Arm]:
         "dense": Arm(dense),
         "fst": Arm(fst),
         "fst-lr": Arm({**fst, "lr_scale": LR_SCALE}),
+        "lr-mixed-wgrad": Arm({**fst, "lr_scale": LR_SCALE, "wgrad": "mixed"}),
         "lr-dense-wgrad": Arm({**fst, "lr_scale": LR_SCALE, "wgrad": "dense"}),
         "fst-sparse-end": Arm({**fst, **sparse_end}),
         "fst-dense-wgrad": Arm({**fst, "wgrad": "dense"}),

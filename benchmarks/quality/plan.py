@@ -29,7 +29,7 @@ from run import known_decay, parse
 
 GRACE_S = 20.0  # for the checkpoints of what is stopped
 WORTH_STARTING_S = 45.0
-ALWAYS = ("dense", "fst", "fst-lr", "lr-dense-wgrad")
+ALWAYS = ("dense", "fst", "fst-lr", "lr-mixed-wgrad", "lr-dense-wgrad")
 TEXT, SEARCH = "text", "search"
 
 

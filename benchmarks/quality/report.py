@@ -39,6 +39,7 @@ MEANING = {
     "dense": "dense",
     "fst": "FST: 2:4 with masked decay and MVUE, the last sixth dense",
     "fst-lr": f"FST with {LR_SCALE:g} times the learning rate in sparse layers (`lr_scale`)",
+    "lr-mixed-wgrad": "the same with MVUE in up projections alone",
     "lr-dense-wgrad": "the same with dense weight gradients (no MVUE)",
     "fst-sparse-end": "FST without the dense end: the final model is 2:4",
     "fst-dense-wgrad": "FST with dense weight gradients (no MVUE)",
@@ -78,6 +79,7 @@ ORDER = (
 FST = {
     "fst": "FST",
     "fst-lr": "FST with `lr_scale`",
+    "lr-mixed-wgrad": "FST with `lr_scale` and MVUE in up projections alone",
     "lr-dense-wgrad": "FST with `lr_scale` and dense weight gradients",
 }
 

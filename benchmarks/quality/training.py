@@ -63,7 +63,8 @@ class Run:
             recipe = Recipe.from_options(self.options)
             for weight in self.session.weights.values():
                 if weight.reason_skipped is None:
-                    weight.recipe, weight.wgrad = recipe, recipe.wgrad
+                    weight.recipe = recipe
+                    weight.wgrad = weight.wgrad if recipe.wgrad == "mixed" else recipe.wgrad
         another_phase = step in (self.options.get("sparse_after"), self.options.get("dense_after"))
         if not before or another_phase or before.get("wgrad") != self.options.get("wgrad"):
             torch._dynamo.reset()

@@ -25,7 +25,7 @@ from .models import MLP, Stack, SwiGLU, compiled, relative, sparse_names, train
         ({"refresh_every": 0}, "refresh_every=0, need an int >= 1"),
         ({"refresh_every": 2.5}, "need an int >= 1"),
         ({"dense_after": -1}, "need None or an int >= 0"),
-        ({"wgrad": "sparse"}, "wgrad='sparse', need 'mvue' or 'dense'"),
+        ({"wgrad": "sparse"}, "wgrad='sparse', need 'mvue' or 'dense' or 'mixed'"),
         ({"decay_on": "both"}, "need 'gradient' or 'weight'"),
         ({"layers": "mlp"}, "need 'ffn', 'all' or a list of patterns"),
         ({"layers": [1]}, "need 'ffn', 'all' or a list of patterns"),

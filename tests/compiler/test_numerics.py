@@ -121,6 +121,18 @@ def test_mvue_is_unbiased_and_within_its_predicted_error() -> None:
             assert relative(mean, grad) < 1e-5, name
 
 
+def test_mixed_weight_gradients_are_pruned_in_front_of_activations_alone() -> None:
+    model, x = Stack(MLP(), SwiGLU()), torch.randn(4, 16, 64)
+    _, exact = loss_and_grads(compiled(model, wgrad="dense"), model, x)
+    torch._dynamo.reset()
+    _, mixed = loss_and_grads(compiled(model, wgrad="mixed"), model, x)
+    ways = {name: sparse24.session(model).weights[name].wgrad for name in sparse_names(model)}
+    assert ways == {name: "dense" if "down" in name else "mvue" for name in ways}
+    assert set(ways.values()) == {"dense", "mvue"}
+    for name, grad in exact.items():
+        assert (relative(mixed[name], grad) > 0.05) == (ways.get(name) == "mvue"), name
+
+
 def test_same_seed_same_gradients_other_seed_others() -> None:
     model, x = Stack(MLP()), torch.randn(4, 16, 64)
     grads = {}
