@@ -1,8 +1,8 @@
 """Packing weights and their transposes from one read each, and the decay on what is pruned: Triton.
 
 One launch serves all weights of an optimizer step: at small widths a launch each would cost more than sparse matmuls
-gain. A program takes a strip of square tiles along a row of a weight, so that programs that run together touch memory
-side by side; a thread holds whole 4x4 ones, so the search needs no exchange between threads.
+gain. A program takes a strip of 64x64 tiles along a row of a weight, so that programs that run together touch memory
+side by side; a thread holds whole 4x4 tiles, so the search needs no exchange between threads.
 """
 
 from collections.abc import Sequence
@@ -545,11 +545,8 @@ def masked_decay_kernel(
         tl.store(at, (tl.load(at).to(tl.float32) + tl.cast(decay, tl.float32) * pruned).to(GRAD))
 
 
-#: Side of a program's tiles and how many it takes: a warp that has a tile for itself waits for no other one. The
-#: interpreter's time goes by the number of tiles.
-_PACK = (64, 4) if triton.knobs.runtime.interpret else (32, 8)
-_DECAY = (64, 4)
-_HALVED = 8  # of so many programs the last one takes half as many tiles
+_STRIP = 4  # tiles of a program
+_HALVED = 8  # of so many programs the last one takes half as many
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -581,14 +578,14 @@ def _unit(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
-def _strips(tiles: Sequence[tuple[int, int]], strip: int) -> Tensor:
+def _strips(tiles: Sequence[tuple[int, int]]) -> Tensor:
     """int32 [programs, 4] of weights of so many tiles down and across; the last ones halved: programs end together."""
     parts = []
     for i, (down, across) in enumerate(tiles):
-        first = torch.arange(0, across, strip, dtype=torch.int32, device="cpu")
+        first = torch.arange(0, across, _STRIP, dtype=torch.int32, device="cpu")
         part = torch.empty(down, len(first), 4, dtype=torch.int32, device="cpu")
         part[:, :, 0], part[:, :, 1] = i, torch.arange(down, dtype=torch.int32, device="cpu")[:, None]
-        part[:, :, 2], part[:, :, 3] = first, (first + strip).clamp(max=across)
+        part[:, :, 2], part[:, :, 3] = first, (first + _STRIP).clamp(max=across)
         parts.append(part.flatten(0, 1))
     strips = torch.cat(parts)
     strips, last = strips.split([len(strips) - len(strips) // _HALVED, len(strips) // _HALVED])
@@ -599,39 +596,35 @@ def _strips(tiles: Sequence[tuple[int, int]], strip: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)  # the addresses are part of the key: what is stale is never found
-def _tables(
-    device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...], tile: int, strip: int
-) -> tuple[Tensor, Tensor]:
+def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
     """The table and the strips on the device; made anew for each stream, which has to wait for their copy."""
     table = torch.tensor([fields for _, _, *fields in rows], dtype=torch.int64, device="cpu")
-    host = table, _strips([(height // tile, width // tile) for height, width, *_ in rows], strip)
+    host = table, _strips([(down, across) for down, across, *_ in rows])
     if device.type != "cuda":
         return host
     moved = [x.pin_memory().to(device, non_blocking=True) for x in host]
     return moved[0], moved[1]
 
 
-def _launch_all(
-    kernel: Any, rows: list[tuple[int, ...]], device: torch.device, *args: Any, tiles: tuple[int, int], **constants: Any
-) -> None:
+def _launch_all(kernel: Any, rows: list[tuple[int, ...]], device: torch.device, *args: Any, **constants: Any) -> None:
     """One program for each strip of each weight.
 
-    rows: of each weight its shape, then the fields of its table row. tiles: their side, and how many are a strip.
+    rows: of each weight the tiles down and across, then the fields of its table row.
     """
     rows = [row for row in rows if row[0] and row[1]]
     if not rows:
         return
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    table, strips = _tables(device, stream, tuple(rows), *tiles)
-    constants |= {"T": tiles[0], "FIELDS": table.shape[1], "ORDER": layout.metadata_order(device)}
+    table, strips = _tables(device, stream, tuple(rows))
+    constants |= {"T": layout.TILE, "FIELDS": table.shape[1], "ORDER": layout.metadata_order(device)}
     launch(kernel, (strips.shape[0],), device, table, strips, *args, **constants)
 
 
 def _row_of(block: Block) -> tuple[int, ...]:
-    """Shape, then the first fields of a table row: place, weight, strides, packed form."""
+    """Tiles down and across, then the first fields of a table row: place, weight, strides, packed form."""
     w = block.w
-    place = (block.row, block.col, block.rows, block.cols)
-    return (*w.shape, *place, w.data_ptr(), *w.stride(), block.packed.data_ptr())
+    place = (w.shape[0] // layout.TILE, w.shape[1] // layout.TILE, block.row, block.col, block.rows, block.cols)
+    return (*place, w.data_ptr(), w.stride(0), w.stride(1), block.packed.data_ptr())
 
 
 def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
@@ -652,7 +645,7 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
             kinds["maxnreg"] = 96  # five programs then fit on a multiprocessor: worth the few registers spilled
         elif unit and search:
             kinds["maxnreg"] = 128
-        _launch_all(pack_weights_kernel, rows, device, stats, tiles=_PACK, SEARCH=search, **kinds, num_warps=1)
+        _launch_all(pack_weights_kernel, rows, device, stats, SEARCH=search, **kinds, num_warps=4)
     return stats
 
 
@@ -673,4 +666,4 @@ def masked_decay_(grads: Sequence[Tensor], blocks: Sequence[Block], decay: float
     for (master, dtype, of_grad, unit, unit_grad), rows in launches.items():
         kinds = {"MASTER": _TRITON[master], "DTYPE": _TRITON[dtype], "GRAD": _TRITON[of_grad]}
         kinds |= {"UNIT": unit, "UNIT_GRAD": unit_grad}
-        _launch_all(masked_decay_kernel, rows, device, float(decay), tiles=_DECAY, **kinds, num_warps=8)
+        _launch_all(masked_decay_kernel, rows, device, float(decay), **kinds, num_warps=8)

@@ -183,19 +183,19 @@ def test_pack_weight_in_both_orders(fast, device, order, poisoned, same_packed):
 
 
 @pytest.mark.parametrize("master", DTYPES[:2])
-def test_pack_weight_by_the_tiles_of_a_gpu(fast, device, order, poisoned, same_packed, monkeypatch, master):
-    """Programs of three tiles and of one; the last one is halved."""
+def test_pack_weight_in_strips_of_unequal_length(fast, device, order, poisoned, same_packed, monkeypatch, master):
+    """Programs of three tiles and of one; the last ones are halved."""
     from sparse24.kernels import triton_pack
 
-    monkeypatch.setattr(triton_pack, "_PACK", (32, 3))
+    monkeypatch.setattr(triton_pack, "_STRIP", 3)
     monkeypatch.setattr(triton_pack, "_HALVED", 2)
-    w = special(64, 128, 3, 0.02).to(master)
-    found, expected = pair(poisoned, 128, 128, torch.bfloat16, device), pair(poisoned, 128, 128, torch.bfloat16, "cpu")
+    w = special(128, 256, 3, 0.02).to(master)
+    found, expected = pair(poisoned, 128, 256, torch.bfloat16, device), pair(poisoned, 128, 256, torch.bfloat16, "cpu")
     for source, search in ((w, True), (w.neg(), False)):
-        pack_weight_(fast, source.to(device), *found, 64, 0, 128, 128, search)
-        pack_weight_(reference, source, *expected, 64, 0, 128, 128, search)
-        same_packed(found[0], expected[0], 128, 128)
-        same_packed(found[1], expected[1], 128, 128)
+        pack_weight_(fast, source.to(device), *found, 0, 0, 128, 256, search)
+        pack_weight_(reference, source, *expected, 0, 0, 128, 256, search)
+        same_packed(found[0], expected[0], 128, 256)
+        same_packed(found[1], expected[1], 256, 128)
         assert found[2].tolist() == expected[2].tolist()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ORDERS = {90: "sm_90", 80: "sm_80"}
-TABLE = {"T": 32, "FIELDS": 10}
+TABLE = {"T": 64, "FIELDS": 10}
 TOKENS = {"BT": 64, "BF": 64, "STRIP": 4}
 SWIGLU = {"KIND": "silu", "GATED": True, "HAS_BIAS": True}
 POINTERS = {"sums": "fp32", "stats": "i64", "seeds": "i64", "table": "i64", "strips": "i32"}
@@ -42,13 +42,12 @@ def cases(arch):
     order = {"ORDER": ORDERS[arch]}
     for unit in (True, False):
         constants = {"MASTER": FP32, "DTYPE": BF16, "UNIT": unit, **order, **TABLE}
-        yield "triton_pack", "pack_weights_kernel", {"SEARCH": True, **constants}, 1
-        yield "triton_pack", "pack_weights_kernel", {"SEARCH": False, **constants}, 1
-        decay = {"GRAD": FP32, "UNIT_GRAD": unit, **constants, "T": 64, "FIELDS": 11}
-        yield "triton_pack", "masked_decay_kernel", decay, 8
+        yield "triton_pack", "pack_weights_kernel", {"SEARCH": True, **constants}, 4
+        yield "triton_pack", "pack_weights_kernel", {"SEARCH": False, **constants}, 4
+        yield "triton_pack", "masked_decay_kernel", {"GRAD": FP32, "UNIT_GRAD": unit, **constants, "FIELDS": 11}, 8
     for search in (True, False):
         constants = {"SEARCH": search, "MASTER": BF16, "DTYPE": BF16, "UNIT": True, **order, **TABLE}
-        yield "triton_pack", "pack_weights_kernel", constants, 1
+        yield "triton_pack", "pack_weights_kernel", constants, 4
     yield "triton_glu", "pack_gradient_kernel", {**order, **TOKENS}, 4
     yield "triton_glu", "glu_backward_pack_kernel", {**SWIGLU, **order, **TOKENS}, 4
     if arch == 90:  # the order of the metadata is all that differs
