@@ -52,7 +52,7 @@ class Recipe:
                    weights that have learnt something. A tenth of the run gained a little: see docs/results.md.
     wgrad          "mvue": weight gradients from 2:4-pruned, unbiased output gradients (MVUE); "dense": from dense ones;
                    "mixed": MVUE for up and gate projections, whose gradients the activation has thinned out, dense for
-                   the others, where MVUE adds two to four times as much noise (benchmarks/quality/noise.py).
+                   the others, where MVUE adds up to three times as much noise (benchmarks/quality/noise.py).
     layers         "ffn"; "all" for attention projections too; or fnmatch patterns of parameter names. Without
                    gradients, weights that are 2:4 already are taken whatever this says.
     skip           fnmatch patterns of parameter names that stay dense.

@@ -351,16 +351,14 @@ def _store_lines(packed, values, m0, v0, cols, T: tl.constexpr, ACROSS: tl.const
 
 
 @triton.jit
-def _store_words(packed, x, m, v0, cols, LINE: tl.constexpr):
-    """Store the word that each tile [G, G] keeps of its line LINE, at rows m (of line 0, [G, 1]).
+def _store_words(at, x):
+    """Store the word that each tile [G, G] keeps of a line at pointers to uint64 [G, G / 2].
 
     Two words at once, that a thread holds side by side: in the layout of the words a wider store would go through
     shared memory.
     """
-    G: tl.constexpr = x.shape[1]
-    low, high = tl.split(tl.reshape(x, [G, G // 2, 2]))
-    at = packed.to(tl.pointer_type(tl.uint64)) + v0 // 4 + tl.arange(0, G // 2)[None, :]
-    tl.store(at + (m + LINE).to(tl.int64) * (cols // 8), low.to(tl.uint64) | high.to(tl.uint64) << 32)
+    low, high = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    tl.store(at, low.to(tl.uint64) | high.to(tl.uint64) << 32)
 
 
 @triton.jit
@@ -432,6 +430,9 @@ def pack_weights_kernel(
             tl.arange(0, G)[None, :] + r.to(tl.int64)[:, None] * (stride_r // 4)
         )
         z0, z1, z2, z3 = _load_lines(words + first.to(tl.int64) * G, stride_r // 4)
+        kept_words = packed.to(tl.pointer_type(tl.uint64)) + (
+            tl.arange(0, G // 2)[None, :] + (row + r).to(tl.int64)[:, None] * (cols // 8)
+        )
     n0, n1, n2, n3 = load_tile_words(metadata, row + r0, (col + first * T) // 4, rows, cols, ORDER, G)
     for tile in range(first, last):
         c0, next_tile = tile * T, tl.minimum(tile + 1, last - 1)
@@ -476,11 +477,12 @@ def pack_weights_kernel(
                 bad |= (probe != probe).to(tl.int32)
             v0, v1, v2, v3 = _kept(x0, mask, 0), _kept(x1, mask, 1), _kept(x2, mask, 2), _kept(x3, mask, 3)
         if BY_WORD:
-            m = row + r[:, None]
-            _store_words(packed, v0, m, (col + c0) // 2, cols, 0)
-            _store_words(packed, v1, m, (col + c0) // 2, cols, 1)
-            _store_words(packed, v2, m, (col + c0) // 2, cols, 2)
-            _store_words(packed, v3, m, (col + c0) // 2, cols, 3)
+            at = kept_words + (col + c0) // 8
+            line = cols // 8  # added line by line: four addresses would not fit into the registers
+            _store_words(at, v0)
+            _store_words(at + line, v1)
+            _store_words(at + line + line, v2)
+            _store_words(at + line + line + line, v3)
         else:
             _store_lines(packed, _interleave(v0, v1, v2, v3), row + r0, (col + c0) // 2, cols, T, False)
         if SEARCH:
