@@ -183,7 +183,7 @@ def test_pack_weight_in_both_orders(fast, device, order, poisoned, same_packed):
 
 
 @pytest.mark.parametrize("master", DTYPES[:2])
-def test_pack_weight_in_strips_of_unequal_length(fast, device, order, poisoned, same_packed, monkeypatch, master):
+def test_pack_weight_in_strips_of_unequal_length(fast, device, poisoned, same_packed, monkeypatch, master):
     """Programs of three tiles and of one; the last ones are halved."""
     from sparse24.kernels import triton_pack
 
