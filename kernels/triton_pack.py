@@ -129,12 +129,11 @@ def _largest(x0, x1, x2, x3):
 def _larger_word(a, b, dtype: tl.constexpr, ORDER: tl.constexpr):
     """Of two words with two values each the larger magnitudes, either sign; NaN where one is."""
     kind: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
-    if ORDER == "sm_90":
-        asm: tl.constexpr = f"max.NaN.xorsign.abs.{kind} $0, $1, $2;"
-    else:  # sm_80 has no xorsign
-        asm: tl.constexpr = (
-            f"{{.reg .b32 a, b; and.b32 a, $1, 0x7FFF7FFF; and.b32 b, $2, 0x7FFF7FFF; max.NaN.{kind} $0, a, b;}}"
-        )
+    at_once: tl.constexpr = f"max.NaN.xorsign.abs.{kind} $0, $1, $2;"
+    by_and: tl.constexpr = (
+        f"{{.reg .b32 a, b; and.b32 a, $1, 0x7FFF7FFF; and.b32 b, $2, 0x7FFF7FFF; max.NaN.{kind} $0, a, b;}}"
+    )
+    asm: tl.constexpr = at_once if ORDER == "sm_90" else by_and  # sm_80 has no xorsign
     return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1)
 
 

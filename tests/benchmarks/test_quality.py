@@ -410,7 +410,7 @@ def test_arms_are_named_by_group_and_unknown_ones_refused(module: Any) -> None:
     assert arms.named("trials,dense,dense") == [*arms.TRIALS, "dense"]
     with pytest.raises(ValueError, match="found arm denes, need some of ablations, trials, all, dense"):
         arms.named("denes")
-    without = {"dense", "half", "ste", "sr-ste", "s-ste", "lr-s-ste"}
+    without = {"dense", "dense-short", "half", "ste", "sr-ste", "s-ste", "lr-s-ste"}
     assert {arm for arm in arms.ARMS if not arms.needs_decay(arm)} == without
 
 
