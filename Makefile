@@ -59,11 +59,10 @@ lint: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# --no-compile: of what is installed few modules are imported, and pip compiles for longer than it unpacks.
 $(STAMP): pyproject.toml constraints.txt tests/models/timm.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[train,test,dev,docs]"
-	$(BIN)/python -m pip install --no-compile --no-deps -r tests/models/timm.txt
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train,test,dev,docs]"
+	$(BIN)/python -m pip install --no-deps -r tests/models/timm.txt
 	touch $@
 
 clean:
