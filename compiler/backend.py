@@ -205,7 +205,7 @@ class SparseGraph:
             if linear.weight in ready:
                 inference.attach(param, linear, recipe)
             else:
-                weights.attach(param, linear.name, recipe).wgrad = linear.wgrad
+                weights.attach(param, linear.name, recipe, linear.wgrad)
             self.sites.append((position[linear.weight], linear))
         self.dynamic = any(_is_dynamic(n) for n in placeholders)
         self.variants: dict[int, Variant] = {}
@@ -231,14 +231,10 @@ class SparseGraph:
         """The state of each site's weight; a block that comes by for the first time gets its own here."""
         if self.inference:
             return [inference.attach(args[index], linear, self.recipe) for index, linear in self.sites]
-        found = []
-        for index, linear in self.sites:
-            weight = weights.get(args[index])
-            if weight is None:
-                weight = weights.attach(args[index], linear.name, self.recipe)
-                weight.wgrad = linear.wgrad
-            found.append(weight)
-        return found
+        return [
+            weights.get(args[index]) or weights.attach(args[index], linear.name, self.recipe, linear.wgrad)
+            for index, linear in self.sites
+        ]
 
     def _variant(
         self, active: int, args: Sequence[Any], known: list[SparseWeight], at_compile_time: bool = False

@@ -47,7 +47,7 @@ class SparseWeight:
         self.name, self.recipe, self.reason_skipped = name, recipe, reason_skipped
         self.split = is_dtensor(param)  # by tensor parallelism: this rank multiplies by a part of it
         self.shape: tuple[int, ...] = tuple(shards.local(param).shape)  # of that part
-        self.wgrad = recipe.wgrad_of("")  # until its linear is known
+        self.wgrad = "dense"
         self.step = 0
         self.calls = 0  # forwards with gradients since the last optimizer step: the micro-step, part of every seed
         self.flips: int | None = None
@@ -321,8 +321,10 @@ def register(param: Tensor, weight: SparseWeight) -> None:
         _registry[weight.shard.param] = weight
 
 
-def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
-    """The SparseWeight of a parameter that a graph wants sparse. The recipe of the last compilation is in force."""
+def attach(param: Tensor, name: str, recipe: Recipe, wgrad: str) -> SparseWeight:
+    """The SparseWeight of a parameter that a graph wants sparse, whose weight gradient it takes by `wgrad`. The recipe
+    of the last compilation is in force.
+    """
     weight = get(param)
     state = waiting(param)
     if state:
@@ -339,6 +341,7 @@ def attach(param: Tensor, name: str, recipe: Recipe) -> SparseWeight:
         weight.recipe = recipe
     if state:
         weight.load(state)
+    weight.wgrad = wgrad
     return weight
 
 

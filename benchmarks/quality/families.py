@@ -66,6 +66,9 @@ SIZES = {
 }
 
 
+SCALES = tuple(SIZES["gpt"])  # a family may lack some
+
+
 def kind(family: str, scale: str, lr: float) -> str:
     """What the files of runs that compare are named by: another learning rate than the scale's is named too."""
     return f"{family}_{scale}" + (f"_lr{lr:g}" if lr != SIZES[family][scale].lr else "")

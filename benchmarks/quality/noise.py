@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from arms import Arm
 from families import Family
-from run import parse
+from run import parse, save
 from torch import Tensor, nn
 from training import Run, autocast
 
@@ -71,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--at", type=float, nargs="+", default=[0.1, 0.4, 0.8], help="when, as shares of the steps")
     own, rest = p.parse_known_args(argv)
     args = parse([*rest, "--arms", "dense"])
-    from common import save
-
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = Family(args.family, args.size, args.work, args.text_mb * 1_000_000, device)

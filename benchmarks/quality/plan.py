@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from arms import ABLATIONS, TRIALS, named, needs_decay
 from corpora import text_path
-from families import SIZES
+from families import SCALES, SIZES
 from run import known_decay, parse
 
 GRACE_S = 20.0  # for the checkpoints of what is stopped
@@ -219,7 +219,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--seconds", type=float, required=True, help="time for all of it, the writing of checkpoints included"
     )
-    p.add_argument("--scale", choices=["tiny", "small", "base", "wide"], default="small")
+    p.add_argument("--scale", choices=SCALES, default="small")
     p.add_argument("--families", nargs="+", choices=list(SIZES), help="(default: all; of big scales gpt and bert)")
     p.add_argument("--trial-families", nargs="*", choices=list(SIZES), default=["gpt"], help="that meet the trials")
     p.add_argument("--seeds", nargs="+", type=int, help="(default: 0 1 2, of big scales 0)")

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from arms import ARMS, REFRESH_EVERY, Arm, arms, named, needs_decay  # noqa: E402
 from common import RESULTS, save  # noqa: E402
 from corpora import save_tensors  # noqa: E402
-from families import SIZES, Family, Size, kind  # noqa: E402
+from families import SCALES, SIZES, Family, Size, kind  # noqa: E402
 from torch import nn  # noqa: E402
 from training import Run, optimizer_of, train_step  # noqa: E402
 
@@ -164,7 +164,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--family", choices=list(SIZES), required=True)
     p.add_argument(
         "--scale",
-        choices=["tiny", "small", "base", "wide"],
+        choices=SCALES,
         default="small",
         help="one layer and few steps, to try the script; 20M parameters; GPT-2's / BERT-base's; GPT 4096 wide",
     )

@@ -405,6 +405,20 @@ def test_help(script: str, module: Any, capsys: pytest.CaptureFixture) -> None:
     assert ended.value.code == 0 and "usage" in capsys.readouterr().out
 
 
+def test_noise_of_mvue_is_that_of_pruning_and_saved(tmp_path: Path, work: Path, module: Any) -> None:
+    noise, saved_to = module("noise"), tmp_path / "noise.json"
+    noise.main([*tiny("gpt", tmp_path, work), "--steps", "4", "--at", "0.5", "1", "--save", str(saved_to)])
+    rows = json.loads(saved_to.read_text())["rows"]
+    layers = [f"blocks.0.feed_forward.{name}" for name in ("down", "up")]
+    assert [(row["step"], row["layer"]) for row in rows] == [(step, layer) for step in (2, 4) for layer in layers]
+    x = torch.randn(64, 64)
+    assert (
+        noise.noise(x, torch.zeros(64, 64).index_fill(0, torch.arange(0, 64, 2), 1.0))["of dy"] < 1e-10
+    )  # 2:4 already
+    assert 0.4 < noise.noise(x, torch.randn(64, 64))["of dy"] < 0.55  # of Gaussian groups 0.475
+    assert all(0 < row["of dy"] < 1 for row in rows)
+
+
 def test_arms_are_named_by_group_and_unknown_ones_refused(module: Any) -> None:
     arms = module("arms")
     assert arms.named("trials,dense,dense") == [*arms.TRIALS, "dense"]
