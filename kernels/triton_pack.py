@@ -642,10 +642,9 @@ def pack_weights_(blocks: Sequence[Block], search: bool) -> Tensor:
         launches.setdefault(key, []).append((*_row_of(block), block.packed_t.data_ptr(), i))
     for (master, dtype, unit), rows in launches.items():
         kinds = {"MASTER": _TRITON[master], "DTYPE": _TRITON[dtype], "UNIT": unit}
-        if unit and master == dtype and dtype.itemsize == 2:
-            kinds["maxnreg"] = 96  # five programs then fit on a multiprocessor: worth the few registers spilled
-        elif unit and search:
-            kinds["maxnreg"] = 128
+        if unit:  # so that six, five or four programs fit on a multiprocessor, for a few spilled registers at most
+            by_word = master == dtype and dtype.itemsize == 2
+            kinds["maxnreg"] = 80 if not search else 96 if by_word else 128
         _launch_all(pack_weights_kernel, rows, device, stats, SEARCH=search, **kinds, num_warps=4)
     return stats
 

@@ -156,7 +156,7 @@ class Schedule:
 
     def fill(self) -> None:
         """Start what can be: texts without a GPU and beside all else, the others on the GPU with the fewest of them."""
-        while self.left_s > WORTH_STARTING_S:
+        while self.left_s > self.args.worth_starting:
             jobs = self.next()
             load = {gpu: sum(process.gpu == gpu for process in self.running) for gpu in self.args.devices}
             least = min(load, key=lambda gpu: load[gpu])
@@ -218,6 +218,13 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--per-gpu", type=int, help="processes that share a GPU (default: 5 at the small scale, else 1)")
     p.add_argument(
         "--seconds", type=float, required=True, help="time for all of it, the writing of checkpoints included"
+    )
+    p.add_argument(
+        "--worth-starting",
+        type=float,
+        metavar="SECONDS",
+        default=WORTH_STARTING_S,
+        help="nothing begins when less time is left (default: %(default).0f; a run's time where checkpoints are lost)",
     )
     p.add_argument("--scale", choices=SCALES, default="small")
     p.add_argument("--families", nargs="+", choices=list(SIZES), help="(default: all; of big scales gpt and bert)")

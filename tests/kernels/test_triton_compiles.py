@@ -27,13 +27,8 @@ UNALIGNED = ("tokens", "index", "decay")
 def limit(kernel, constants):
     """Registers as they are launched: more programs then fit at a time."""
     if kernel == "pack_weights_kernel" and constants["UNIT"]:
-        return (
-            {"maxnreg": 96}
-            if constants["MASTER"] == constants["DTYPE"]
-            else {"maxnreg": 128}
-            if constants["SEARCH"]
-            else {}
-        )
+        by_word = constants["MASTER"] == constants["DTYPE"]
+        return {"maxnreg": 80 if not constants["SEARCH"] else 96 if by_word else 128}
     return {"pack_gradient_kernel": {"maxnreg": 72}, "glu_backward_pack_kernel": {"maxnreg": 128}}.get(kernel, {})
 
 
