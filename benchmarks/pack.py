@@ -28,8 +28,9 @@ def ms(run: Callable[[], Any]) -> float:
 def weight_kernels(rows: int, cols: int, master: torch.dtype) -> dict[str, tuple[Callable[[], Any], int, Tensor]]:
     """name -> (call, bytes moved, tensor whose copy it is held against)."""
     w = torch.randn(rows, cols, device="cuda").to(master)
-    size = layout.numel(rows, cols, torch.bfloat16)
-    packed, packed_t = (torch.zeros(size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    dtype = torch.float16 if master == torch.float16 else torch.bfloat16
+    size = layout.numel(rows, cols, dtype)
+    packed, packed_t = (torch.zeros(size, dtype=dtype, device="cuda") for _ in range(2))
     blocks, grads = [layout.Block(w, packed, packed_t, 0, 0, rows, cols)], [torch.zeros_like(w)]
     ops.pack_weights_(blocks, True)
     moved = w.nbytes + packed.nbytes + packed_t.nbytes
@@ -60,7 +61,7 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=16384, help="tokens of the gradients and activations")
     p.add_argument("--features", type=int, default=8192, help="their features")
     args = p.parse_args()
-    cases = {f"{m}": weight_kernels(args.rows, args.cols, m) for m in (torch.bfloat16, torch.float32)}
+    cases = {f"{m}": weight_kernels(args.rows, args.cols, m) for m in (torch.bfloat16, torch.float16, torch.float32)}
     cases["tokens"] = token_kernels(args.tokens, args.features)
     rows = []
     print(environment())

@@ -88,9 +88,18 @@ def _fp32_of_word(word, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
         low = (word << 16).to(tl.float32, bitcast=True)
         high = (word & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
+    elif INTERPRETED:
         low = word.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
         high = (word >> 16).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+    else:  # a conversion takes either half of a register; a shift before it would be one instruction more
+        low, high = tl.inline_asm_elementwise(
+            "{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}",
+            "=f,=f,r",
+            [word],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
     return low, high
 
 

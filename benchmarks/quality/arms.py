@@ -21,6 +21,7 @@ class Arm:
     decay_follows_lr   the decay in force is that of the options times learning rate / peak learning rate
     saliency           masks keep the largest |w| * v^saliency, v being Adam's second moment; 0: |w|, by the product
     half               feed-forward layers of half the width
+    feed_forward_lr    learning rate of feed-forward weights over that of the others, sparse or not
     share              of the steps: the schedule ends so much earlier
     """
 
@@ -29,6 +30,7 @@ class Arm:
     decay_follows_lr: bool = False
     saliency: float = 0.0
     half: bool = False
+    feed_forward_lr: float = 1.0
     share: float = 1.0
 
     def settings(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ def ablations(decay: float, steps: int) -> dict[str, Arm]:
         "ste": Arm({**sparse_end, "decay": 0.0, "wgrad": "dense"}),
         "s-ste": Arm({**sparse_end, "recipe": "s-ste"}),
         "half": Arm(dense, half=True),
+        "dense-lr": Arm(dense, feed_forward_lr=LR_SCALE),
         "dense-short": Arm(dense, share=8 / 9),
     }
 

@@ -48,6 +48,7 @@ MEANING = {
     "ste": "STE alone: no decay, no MVUE, no dense end",
     "s-ste": "S-STE: soft thresholds, the final model is 2:4",
     "half": "dense, feed-forward layers of half the width",
+    "dense-lr": "dense with 2 times the learning rate in feed-forward layers",
     "dense-short": "dense, in eight ninths of the steps",
     "decay-by-lr": "decay proportional to the learning rate",
     "mvue-off-late": "MVUE off from two thirds of the steps on",
@@ -206,10 +207,15 @@ def claims(results: Results) -> list[str]:
         if found:
             ratio = mean(number / base - 1 for number, base in found)
             holds = ratio <= CLAIM if by_loss else ratio >= -CLAIM
+            what = "loss" if by_loss else "accuracy"
             said.append(
-                f"At equal steps the {'loss' if by_loss else 'accuracy'} of {name} is {100 * ratio:+.2f}% from that of "
+                f"At equal steps the {what} of {name} is {100 * ratio:+.2f}% from that of "
                 f"dense: the claim of {100 * CLAIM:g}% {'holds' if holds else 'DOES NOT HOLD'}."
             )
+            alike = pairs(results, arm, "dense-lr", 2 if by_loss else 3) if arm != "fst" else []
+            if alike:
+                ratio = mean(number / base - 1 for number, base in alike)
+                said.append(f"The {what} of {name} is {100 * ratio:+.2f}% from that of dense with the same rates.")
         for one, two in timed_pairs(results, arm):
             ends = [run["held_out"][-1][1] for run in (one, two)]
             fst, dense = (loss_at(run, min(ends)) for run in (one, two))

@@ -42,7 +42,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = family.model(arm.half)
         self.session = sparse24.session(self.model)
-        self.optimizer = optimizer_of(self.model, args.lr, args.size.hidden_factor)
+        self.optimizer = optimizer_of(self.model, args.lr, args.size.hidden_factor, arm.feed_forward_lr)
         self.options: dict[str, Any] = {}
         self.apart: list[float] = []  # seconds of steps that compile, or count flips that training has no use for
         self.prepare()
@@ -142,18 +142,26 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def optimizer_of(model: nn.Module, lr: float, hidden_factor: float = 1.0) -> torch.optim.Optimizer:
-    """AdamW. hidden_factor: `Size.hidden_factor`, of the learning rate of the matrices in blocks."""
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1}
-    hidden = [p for name, p in matrices.items() if name.startswith("blocks.") and hidden_factor != 1.0]
-    others = [p for name, p in matrices.items() if not name.startswith("blocks.") or hidden_factor == 1.0]
-    groups: list[dict[str, Any]] = [
-        {"params": others, "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    if hidden:
-        groups.append({"params": hidden, "weight_decay": 0.1, "factor": hidden_factor})
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+def optimizer_of(
+    model: nn.Module, lr: float, hidden_factor: float = 1.0, feed_forward_lr: float = 1.0
+) -> torch.optim.Optimizer:
+    """AdamW. hidden_factor: `Size.hidden_factor`, of the learning rate of the matrices in blocks. feed_forward_lr: the
+    same of those of feed-forward layers.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        matrix, factor = p.dim() > 1, 1.0
+        if matrix and name.startswith("blocks."):
+            factor *= hidden_factor
+        if matrix and "feed_forward" in name:
+            factor *= feed_forward_lr
+        groups.setdefault((matrix, factor), []).append(p)
+    return torch.optim.AdamW(
+        [{"params": ps, "weight_decay": 0.1 * m, "factor": f} for (m, f), ps in groups.items()],
+        lr=lr,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
 
 
 def lr_factor(args: argparse.Namespace, step: int) -> float:
@@ -172,7 +180,7 @@ def train_step(
 ) -> torch.Tensor:
     """One optimizer step, norm clipped at 1. Waits for no GPU."""
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * group.get("factor", 1.0) * lr_factor(args, step)
+        group["lr"] = args.lr * group["factor"] * lr_factor(args, step)
     with autocast(family.device):
         loss, _ = model(*family.batch(args.seed, step))
     loss.backward()

@@ -49,7 +49,7 @@ def test_every_arm_trains_and_the_report_says_what_was_saved(tmp_path: Path, tra
         assert result["held_out"][-1][0] == steps and result["held_out"][-1][2] < result["losses"][0][1] - 0.3, arm
         assert result["losses"][-1][1] < result["losses"][0][1] - 0.3, arm
         refreshes = tuple(step for step, _ in result["flips"])
-        if arm in ("dense", "half", "s-ste", "ste", "fst-sparse-end", "lr-sparse-end", "lr-s-ste"):
+        if arm in ("dense", "dense-lr", "half", "s-ste", "ste", "fst-sparse-end", "lr-sparse-end", "lr-s-ste"):
             assert refreshes == to_the_end, arm
         elif arm == "dense-short":
             assert refreshes == to_the_end[:-1]
@@ -59,7 +59,7 @@ def test_every_arm_trains_and_the_report_says_what_was_saved(tmp_path: Path, tra
             begin, end = 3 * (arm == "lr-dense-start"), 20 if "dense-third" in arm else 25
             assert refreshes == tuple(r for r in to_the_end if begin < r < end), arm
         assert any(rate > 0 for _, rate in result["flips"]), arm
-        dense = arm in ("dense", "dense-short", "half")
+        dense = arm in ("dense", "dense-lr", "dense-short", "half")
         assert result["sparse_weights"] == (0 if dense else 2) and result["error"] is None
         assert result["data"] == results["dense"]["data"] and len(result["data"]["sha256"]) == 64
         assert result["seconds"] > 0 and result["compile_seconds"] > 0
@@ -341,12 +341,15 @@ def test_runs_at_another_learning_rate_have_a_section_of_their_own(tmp_path: Pat
         for arm, loss in zip(("dense", "fst", "fst-lr"), losses, strict=True):
             saved(tmp_path, arm, 0, loss, 8.0, shared=True, lr=lr)
         saved(tmp_path, "lr-dense-start", 0, losses[2] - 0.003, 8.0, shared=True, lr=lr)
+    saved(tmp_path, "dense-lr", 0, 1.992, 8.0, shared=True, lr=2e-3)
     text = reported(module, tmp_path)
     own, other = text.split("### GPT decoder, next token, about 20M parameters")[1:]
     assert other.startswith(", learning rate 0.001\n") and own.startswith("\n")
     assert "the loss of FST is +10.00% from" in own and "the loss of FST is +10.00% from" in other
     assert "FST with `lr_scale` is +0.20% from that of dense: the claim of 0.5% holds" in own
     assert "FST with `lr_scale` is +1.00% from that of dense: the claim of 0.5% DOES NOT HOLD" in other
+    assert "The loss of FST with `lr_scale` is +0.60% from that of dense with the same rates." in own
+    assert "same rates" not in other and "FST is +0.40% from that of dense with" not in own
     assert (
         "| +0.0010 (+0.05%) | -0.0030 (-0.15%) | in 1 of 1 seeds |" in own
     )  # a trial with lr_scale, against FST with it
@@ -424,7 +427,7 @@ def test_arms_are_named_by_group_and_unknown_ones_refused(module: Any) -> None:
     assert arms.named("trials,dense,dense") == [*arms.TRIALS, "dense"]
     with pytest.raises(ValueError, match="found arm denes, need some of ablations, trials, all, dense"):
         arms.named("denes")
-    without = {"dense", "dense-short", "half", "ste", "sr-ste", "s-ste", "lr-s-ste"}
+    without = {"dense", "dense-lr", "dense-short", "half", "ste", "sr-ste", "s-ste", "lr-s-ste"}
     assert {arm for arm in arms.ARMS if not arms.needs_decay(arm)} == without
 
 
