@@ -61,58 +61,57 @@ def test_one_layer_dense_the_others_sparse() -> None:
     assert relative(run(x), masked_twin(model)(x)) < 1e-6
 
 
+CASES = ((1, 2, 6), (3, 0, 6), (7, 0, 5))  # the step of the checkpoint, sparse_after, dense_after
 SCRIPT = """
-    import sys, torch, torch.nn as nn
+    import sys, torch
     sys.path.insert(0, {here!r})
     from models import MLP, Stack, SwiGLU
     import sparse24
 
-    path, start, stop, save = {path!r}, int(sys.argv[1]), int(sys.argv[2]), len(sys.argv) > 3
-    torch.manual_seed(0)
-    model = Stack(MLP(), SwiGLU())
-    if start and {shift}:
+    resumes = sys.argv[1] == "resume"
+    if resumes:
         other = torch.compile(Stack(MLP()), backend="sparse24", options={{"inner": "eager"}})
         other(torch.randn(2, 64))  # another model first: layers would be numbered otherwise
-    run = torch.compile(model, backend="sparse24", options={options!r})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    session = sparse24.session(run)
-    if start:
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        session.load_state_dict(state["session"])
-    for step in range(start, stop):
-        data = torch.Generator().manual_seed(step)
-        optimizer.zero_grad()
-        for _ in range(2):
-            run(torch.randn(4, 16, 64, generator=data)).square().mean().backward()
-        optimizer.step()
-        print(step, run(torch.ones(1, 64)).square().mean().item().hex(), session.flip_rate(), session.phase)
-    if save:
-        torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict(), "session":
-        session.state_dict()}}, path)
+    for at, sparse_after, dense_after in {cases}:
+        torch.manual_seed(0)
+        model = Stack(MLP(), SwiGLU())
+        options = {{"inner": "eager", "refresh_every": 2, "wgrad": "mvue", "lr_scale": 2.0}}
+        options |= {{"sparse_after": sparse_after, "dense_after": dense_after}}
+        run = torch.compile(model, backend="sparse24", options=options)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        session = sparse24.session(run)
+        if resumes:
+            state = torch.load(f"{{at}}.pt", weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            session.load_state_dict(state["session"])
+        for step in range(at if resumes else 0, 9):
+            if step == at and not resumes:
+                state = {{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}
+                torch.save(state | {{"session": session.state_dict()}}, f"{{at}}.pt")
+            data = torch.Generator().manual_seed(step)
+            optimizer.zero_grad()
+            for _ in range(2):
+                run(torch.randn(4, 16, 64, generator=data)).square().mean().backward()
+            optimizer.step()
+            loss = run(torch.ones(1, 64)).square().mean().item().hex()
+            print(at, step, loss, session.flip_rate(), session.phase)
 """
 
 
-@pytest.mark.parametrize(("at", "sparse_after", "dense_after"), [(1, 2, 6), (3, 0, 6), (7, 0, 5)])
-def test_resumed_in_a_new_process_the_losses_are_the_same_bits(
-    tmp_path: Path, at: int, sparse_after: int, dense_after: int
-) -> None:
-    options = {"inner": "eager", "refresh_every": 2, "dense_after": dense_after, "wgrad": "mvue", "lr_scale": 2.0}
-    options["sparse_after"] = sparse_after
-
-    def go(*argv: object) -> list[str]:
-        code = SCRIPT.format(here=str(Path(__file__).parent), path=str(tmp_path / "s.pt"), options=options, shift=True)
-        command = [sys.executable, "-c", textwrap.dedent(code), *map(str, argv)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def test_resumed_in_a_new_process_the_losses_are_the_same_bits(tmp_path: Path) -> None:
+    def go(how: str) -> list[list[str]]:
+        code = textwrap.dedent(SCRIPT.format(here=str(Path(__file__).parent), cases=CASES))
+        done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        return [line.split() for line in done.stdout.splitlines()]
 
-    whole = go(0, 9)
-    assert go(0, at, "save") == whole[:at]
-    assert go(at, 9) == whole[at:]
-    phases = ["sparse" if sparse_after <= step < dense_after else "dense" for step in range(1, 10)]
-    assert [line.split()[-1] for line in whole] == phases
+    whole = go("whole")
+    assert go("resume") == [line for line in whole if int(line[1]) >= int(line[0])]
+    for at, sparse_after, dense_after in CASES:
+        phases = ["sparse" if sparse_after <= step < dense_after else "dense" for step in range(1, 10)]
+        assert [line[-1] for line in whole if line[0] == str(at)] == phases
+    assert len({line[2] for line in whole if line[1] == "8"}) == len(CASES)
 
 
 def saved(**options: object) -> tuple[nn.Module, dict]:
