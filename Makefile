@@ -13,6 +13,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPES := build/types/sparse24
 
+# Modules are compiled when they are first imported, not all of them at installation, which would take a minute more. Where
+# this variable is set, each process would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test test-gpu sanitize bench lint docs clean
 .DELETE_ON_ERROR:
 SHELL := bash
@@ -61,8 +65,8 @@ docs: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt tests/models/timm.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[train,test,dev,docs]"
-	$(BIN)/python -m pip install --no-deps -r tests/models/timm.txt
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[train,test,dev,docs]"
+	$(BIN)/python -m pip install --no-compile --no-deps -r tests/models/timm.txt
 	touch $@
 
 clean:
