@@ -48,7 +48,7 @@ MEANING = {
     "ste": "STE alone: no decay, no MVUE, no dense end",
     "s-ste": "S-STE: soft thresholds, the final model is 2:4",
     "half": "dense, feed-forward layers of half the width",
-    "dense-lr": "dense with 2 times the learning rate in feed-forward layers",
+    "dense-lr": f"dense with {LR_SCALE:g} times the learning rate in feed-forward layers",
     "dense-short": "dense, in eight ninths of the steps",
     "decay-by-lr": "decay proportional to the learning rate",
     "mvue-off-late": "MVUE off from two thirds of the steps on",

@@ -148,20 +148,16 @@ def optimizer_of(
     """AdamW. hidden_factor: `Size.hidden_factor`, of the learning rate of the matrices in blocks. feed_forward_lr: the
     same of those of feed-forward layers.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
-        matrix, factor = p.dim() > 1, 1.0
-        if matrix and name.startswith("blocks."):
+        decay, factor = (0.1, 1.0) if p.dim() > 1 else (0.0, 1.0)
+        if decay and name.startswith("blocks."):
             factor *= hidden_factor
-        if matrix and "feed_forward" in name:
+        if decay and "feed_forward" in name:
             factor *= feed_forward_lr
-        groups.setdefault((matrix, factor), []).append(p)
-    return torch.optim.AdamW(
-        [{"params": ps, "weight_decay": 0.1 * m, "factor": f} for (m, f), ps in groups.items()],
-        lr=lr,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+        groups.setdefault((decay, factor), []).append(p)
+    made = [{"params": ps, "weight_decay": decay, "factor": factor} for (decay, factor), ps in groups.items()]
+    return torch.optim.AdamW(made, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def lr_factor(args: argparse.Namespace, step: int) -> float:
