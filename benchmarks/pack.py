@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 import triton
-from common import environment, parser, save
+from common import environment, parser, percentiles, save
 from torch import Tensor
 
 from sparse24.kernels import layout, ops
 
 
 def times(run: Callable[[], Any]) -> dict[str, float]:
-    """ms of a call: p20, p50, p80."""
+    """ms of a call, as `percentiles`."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):  # compiles, and makes the tables that packing keeps for a stream
         run()
     stream.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         run()
-    found = triton.testing.do_bench(graph.replay, warmup=100, rep=200, quantiles=[0.2, 0.5, 0.8])
-    return dict(zip(("p20", "p50", "p80"), found, strict=True))
+    return percentiles(triton.testing.do_bench(graph.replay, warmup=100, rep=200, return_mode="all"))
 
 
 def weight_kernels(rows: int, cols: int, master: torch.dtype) -> dict[str, tuple[Callable[[], Any], int, Tensor]]:
@@ -70,11 +69,12 @@ def main() -> None:
     print(f"{'kernel':24s} {'of':16s} {'ms':>8s} {'GB/s':>7s} {'of a copy':>9s}")
     for of, kernels in cases.items():
         for name, (run, moved, tensor) in kernels.items():
-            ms, copy = times(run), times(tensor.clone)
-            rate = moved / ms["p50"] / 1e6
-            share = rate / (2 * tensor.nbytes / copy["p50"] / 1e6)
-            rows.append({"kernel": name, "of": of, "ms": ms, "gb_per_s": rate, "of_a_copy": share})
-            print(f"{name:24s} {of:16s} {ms['p50']:8.4f} {rate:7.0f} {share:9.2f}", flush=True)
+            found, copy = times(run), times(tensor.clone)["p50"]
+            took = found["p50"]
+            rate, share = moved / took / 1e6, moved / took / (2 * tensor.nbytes / copy)
+            rows.append({"kernel": name, "of": of, "ms": took, "gb_per_s": rate, "of_a_copy": share})
+            rows[-1]["percentiles"] = found
+            print(f"{name:24s} {of:16s} {took:8.4f} {rate:7.0f} {share:9.2f}", flush=True)
     save(args.out, {"shape": vars(args) | {"out": str(args.out)}, "rows": rows})
 
 

@@ -170,8 +170,7 @@ def loss(results: Path) -> str:
 def kernels(saved: Row) -> str:
     cells = []
     for row in saved["rows"]:
-        ms = row["ms"]["p50"] if isinstance(row["ms"], dict) else row["ms"]  # older files hold the median alone
-        cells.append([f"{row['kernel']}", row["of"].removeprefix("torch."), f"{ms:.4f}"])
+        cells.append([f"{row['kernel']}", row["of"].removeprefix("torch."), f"{row['ms']:.4f}"])
         cells[-1] += [f"{row['gb_per_s']:.0f}", f"{row['of_a_copy']:.2f}"]
     shape = {name: n for name, n in saved["shape"].items() if name != "out"}
     said = ", ".join(f"{name} {n}" for name, n in shape.items())

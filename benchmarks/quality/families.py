@@ -1,7 +1,7 @@
 """The four model families, in plain PyTorch: GPT decoder, BERT masked LM, DeiT-like ViT classifier, encoder-decoder.
 
 GELU feed-forward layers of four times the width, biases, learned positions, pre-norm. BERT too: post-norm, as it was
-published, and at 21M parameters it learned little but words' frequencies for 1600 steps, dense or sparse.
+published, it long stayed where only words' frequencies are learnt, dense or sparse.
 A model returns (mean loss in nats, share of hits or None); which of its weights are sparse is not its concern.
 """
 

@@ -28,7 +28,6 @@ from families import SCALES, SIZES
 from run import known_decay, parse
 
 GRACE_S = 20.0  # for the checkpoints of what is stopped
-WORTH_STARTING_S = 45.0
 ALWAYS = ("dense", "fst", "fst-lr", "lr-mixed-wgrad", "lr-dense-wgrad")
 TEXT, SEARCH = "text", "search"
 
@@ -223,7 +222,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
         "--worth-starting",
         type=float,
         metavar="SECONDS",
-        default=WORTH_STARTING_S,
+        default=45.0,
         help="nothing begins when less time is left (default: %(default).0f; a run's time where checkpoints are lost)",
     )
     p.add_argument("--scale", choices=SCALES, default="small")

@@ -150,11 +150,11 @@ def optimizer_of(
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
-        decay, factor = (0.1, 1.0) if p.dim() > 1 else (0.0, 1.0)
-        if decay and name.startswith("blocks."):
-            factor *= hidden_factor
-        if decay and "feed_forward" in name:
-            factor *= feed_forward_lr
+        decay, factor = 0.0, 1.0
+        if p.dim() > 1:
+            decay = 0.1
+            factor *= hidden_factor if name.startswith("blocks.") else 1.0
+            factor *= feed_forward_lr if "feed_forward" in name else 1.0
         groups.setdefault((decay, factor), []).append(p)
     made = [{"params": ps, "weight_decay": decay, "factor": factor} for (decay, factor), ps in groups.items()]
     return torch.optim.AdamW(made, lr=lr, betas=(0.9, 0.95), fused=True)

@@ -97,14 +97,14 @@ def test_what_fails_is_said_and_the_rest_goes_on(planned: Any) -> None:
 
 
 def test_a_plan_ends_in_time_and_says_what_is_missing(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["plan"], "WORTH_STARTING_S", 0.1)
     monkeypatch.setattr(Finished, "ends", False)
     began = time.monotonic()
-    started, said = planned("--families", "vit", "--seeds", "0", "--arms", "dense,fst", "--gpus", "1", seconds=21)
+    more = ("--families", "vit", "--seeds", "0", "--worth-starting", "0.1")
+    started, said = planned(*more, "--arms", "dense,fst", "--gpus", "1", seconds=21)
     assert time.monotonic() - began < 5
     assert sorted(jobs for _, jobs in started) == [["vit", "0", "dense"], ["vit", "0", "search"]]
     assert "0 of 3 are done" in said and "missing: vit search; vit 0 dense; vit 0 fst" in said and "failed" not in said
-    assert planned("--families", "vit", "--seeds", "0", seconds=20)[0] == []  # nothing is begun without time for it
+    assert planned(*more, seconds=20)[0] == []  # nothing is begun without time for it
 
 
 def test_a_plan_runs_run_py(tmp_path: Path, module: Any, capsys: pytest.CaptureFixture) -> None:
