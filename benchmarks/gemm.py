@@ -6,7 +6,8 @@ forward only. gluon N: with SPARSE24_GLUON=1, variant N of our own kernels, the 
 candidates of sparse24 too. What packing costs is not in here (pack.py). Sustained: in turns after two warm seconds;
 cold: the median of single calls with 20 ms of rest before each. "of peak" holds the rate against the data sheet's for
 dense bf16, 989 TFLOP/s; a sparse matmul counts the operations of the dense one, so its bound is 2. host: microseconds
-until a call returns, of calls that the GPU does not keep waiting.
+until a call returns, of calls one behind another that the GPU does not keep waiting; kept: those of a cuSPARSELt call
+with its kept plan alone, without PyTorch's way to an op, the choice and the output's allocation.
 """
 
 import time
@@ -17,11 +18,13 @@ import torch
 from common import Rows, environment, in_turns, parser, percentiles, timed
 
 from sparse24.kernels import choice, layout, ops, reference
-from sparse24.kernels.providers import Gluon, Problem
+from sparse24.kernels.providers import CusparseLt, Gluon, Problem
 
 PEAK = 989e12
 #: in_features, out_features
 SHAPES = [(768, 3072), (1024, 4096), (1280, 5120), (1600, 6400), (2048, 8192), (4096, 14336), (4096, 28672)]
+#: the problem, its packed operand, the other one, and what computes it
+Case = tuple[Problem, torch.Tensor, torch.Tensor, dict[str, Callable[[], Any]]]
 
 
 def cold(run: Callable[[], Any], n: int = 7) -> float:
@@ -32,16 +35,17 @@ def cold(run: Callable[[], Any], n: int = 7) -> float:
     return sorted(times)[n // 2]
 
 
-def host_us(run: Callable[[], Any], n: int = 100) -> float:
-    """Median of single calls: between them the GPU drains, so that none waits for its queue."""
+def host_us(run: Callable[[], Any], turns: int = 25, n: int = 20) -> float:
+    """Median over `turns` of a call's share of n calls: between turns the GPU drains, and n fit into its queue."""
     times = []
-    for _ in range(n):
+    for _ in range(turns):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         began = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - began) * 1e6)
-    return sorted(times)[n // 2]
+        for _ in range(n):
+            run()
+        times.append((time.perf_counter() - began) / n * 1e6)
+    return sorted(times)[turns // 2]
 
 
 def gluon(problem: Problem, packed: torch.Tensor, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -55,7 +59,14 @@ def gluon(problem: Problem, packed: torch.Tensor, x: torch.Tensor) -> dict[str, 
     return {f"gluon {found.algorithm}": lambda: provider.run(problem, packed, x, found.algorithm)}
 
 
-def forward(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str, Callable[[], Any]]]:
+def kept_us(problem: Problem, algorithm: int | None, packed: torch.Tensor, x: torch.Tensor) -> float:
+    """`host_us` of the library's call alone: the kept plan of a problem whose size needs no padding is run."""
+    provider = CusparseLt()
+    y = provider.run(problem, packed, x, algorithm)
+    return host_us(lambda: provider.plan(problem, algorithm)(packed, x, y))
+
+
+def forward(k: int, f: int, tokens: int, device: str) -> Case:
     w = torch.randn(f, k, device=device).bfloat16()
     x = torch.randn(tokens, k, device=device).bfloat16()
     masked = w * reference.best_mask(w)
@@ -68,10 +79,10 @@ def forward(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str
         semi = torch.sparse.to_sparse_semi_structured(masked)
         runs["semi_structured"] = lambda: torch.nn.functional.linear(x, semi)
     problem = Problem("spmm", f, k, tokens, x.dtype, x.device)
-    return problem, runs | gluon(problem, packed, x)
+    return problem, packed, x, runs | gluon(problem, packed, x)
 
 
-def wgrad(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str, Callable[[], Any]]]:
+def wgrad(k: int, f: int, tokens: int, device: str) -> Case:
     dy = torch.randn(tokens, f, device=device).bfloat16()
     x = torch.randn(tokens, k, device=device).bfloat16()
     packed = ops.pack_gradient(dy, torch.zeros(1, dtype=torch.int64, device=device), 0)
@@ -80,7 +91,7 @@ def wgrad(k: int, f: int, tokens: int, device: str) -> tuple[Problem, dict[str, 
         compressed = packed.view(f, -1)
         runs["cslt"] = lambda: torch._cslt_sparse_mm(compressed, x)
     problem = Problem("wgrad", f, reference.padded(tokens), k, x.dtype, x.device)
-    return problem, runs | gluon(problem, packed, x)
+    return problem, packed, x, runs | gluon(problem, packed, x)
 
 
 def main() -> None:
@@ -91,14 +102,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = Rows(args.out, ("k", "f", "matmul"), args.resume, tokens=args.tokens)
     print(environment())
-    numbers = f"{'ms':>8s} {'ratio':>6s} {'of peak':>8s} {'cold ms':>8s} {'host':>5s}"
+    numbers = f"{'ms':>8s} {'ratio':>6s} {'of peak':>8s} {'cold ms':>8s} {'host':>5s} {'kept':>5s}"
     print(f"{'K':>6s} {'F':>6s} {'matmul':8s} {'with':16s} {numbers}")
     for k, f in [(128, 256)] if args.tiny else SHAPES:
         tokens = 128 if args.tiny else args.tokens
         for name, make in (("forward", forward), ("wgrad", wgrad), ("dgrad", forward)):
             if (k, f, name) in rows:
                 continue
-            problem, runs = make(*((f, k) if name == "dgrad" else (k, f)), tokens, device)
+            problem, packed, x, runs = make(*((f, k) if name == "dgrad" else (k, f)), tokens, device)
             chosen = choice.choose(problem)
             times = in_turns(runs, 5, 2 if args.tiny else 20, 0.0 if args.tiny else 2.0)
             found = []
@@ -110,9 +121,12 @@ def main() -> None:
                 row |= {"ratio": dense / ms["p50"], "of_peak": share, "cold_ms": cold(run), "host_us": host_us(run)}
                 if provider == "sparse24":
                     row |= {"provider": chosen.provider, "algorithm": chosen.algorithm}
+                if row.get("provider") == CusparseLt.name:
+                    row["kept_us"] = kept_us(problem, chosen.algorithm, packed, x)
                 found.append(row)
                 numbers = (
                     f"{ms['p50']:8.4f} {row['ratio']:6.2f} {share:8.2f} {row['cold_ms']:8.4f} {row['host_us']:5.0f}"
+                    f" {row.get('kept_us', float('nan')):5.0f}"
                 )
                 print(f"{k:6d} {f:6d} {name:8s} {provider:16s} {numbers}", flush=True)
             rows.add(*found)

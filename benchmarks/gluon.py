@@ -326,7 +326,7 @@ def time_(names: list[str], problems: list[list[Any]], tokens: int, until: float
             row["bound"] = bound(name)
             if name == library.name:
                 row["algorithm"] = best.algorithm
-            row["host_us"] = host_us(run, 20)
+            row["host_us"] = host_us(run, 5)
             if first:
                 row["cold_ms"] = cold(run)
             if first and matmul == "forward" and name in ("dense", library.name, *THOROUGH):
@@ -375,7 +375,7 @@ def fused(problems: list[list[Any]], tokens: int, until: float) -> None:
         for name, run in runs.items():
             ms = percentiles(times[name])
             row = {"k": inner, "f": rows, "tokens": tokens, "kind": kind, "with": name, "ms": ms}
-            row["host_us"] = host_us(run, 20)
+            row["host_us"] = host_us(run, 5)
             found.append(row | {"ratio": percentiles(times[library.name])["p50"] / ms["p50"]})
         emit({"rows": found})
 

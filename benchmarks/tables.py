@@ -184,8 +184,9 @@ def matmuls(saved: Row) -> str:
         by = row["with"] + (f" ({row['provider']} {row['algorithm']})" if row.get("provider") else "")
         cells.append([f"{row['k']} x {row['f']}", str(row["tokens"]), row["matmul"], by, f"{row['ms']['p50']:.4f}"])
         cells[-1] += [f"{row['ratio']:.2f}", f"{row['of_peak']:.2f}", f"{row['cold_ms']:.4f}"]
-        cells[-1].append(f"{row['host_us']:.0f}")
-    header = "in x out | tokens | matmul | with | ms | over dense | of the dense peak | cold, ms | host, us"
+        kept = f" ({row['kept_us']:.0f})" if "kept_us" in row else ""
+        cells[-1].append(f"{row['host_us']:.0f}{kept}")
+    header = "in x out | tokens | matmul | with | ms | over dense | of the dense peak | cold, ms | host (library), us"
     return markdown(header, cells) + made_by(saved["environment"])
 
 

@@ -63,9 +63,12 @@ def _path() -> str:
 def library() -> ctypes.CDLL:
     """The loaded library. Raises Unavailable with the reason."""
     try:
-        return ctypes.CDLL(_path())
+        found = ctypes.CDLL(_path())
     except OSError as error:
         raise Unavailable(str(error)) from error
+    # declared, as this one is called in every step: addresses pass as plain numbers
+    found.cusparseLtMatmul.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int]
+    return found
 
 
 def version() -> str:
@@ -158,22 +161,21 @@ class Plan:
 
     def __call__(self, packed: Tensor, b: Tensor, d: Tensor) -> None:
         """d = A b on the current stream of the current device. All tensors contiguous."""
-        pointer = ctypes.c_void_p
         # bound to a name: freed before the call, its memory could be another stream's
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=d.device) if self.workspace else None
         # private, but what Inductor's and Triton's launches ask: torch.cuda.current_stream builds an object each time
         self._stream.value = torch._C._cuda_getCurrentRawStream(d.get_device())
-        out = pointer(d.data_ptr())
+        out = d.data_ptr()
         status = self._matmul(
             self._handle.pointer,
             self._plan.pointer,
             self._one,
-            pointer(packed.data_ptr()),
-            pointer(b.data_ptr()),
+            packed.data_ptr(),
+            b.data_ptr(),
             self._zero,
             out,
             out,
-            pointer(workspace.data_ptr() if workspace is not None else None),
+            workspace.data_ptr() if workspace is not None else None,
             self._streams,
             1,
         )

@@ -77,7 +77,8 @@ class CusparseLt:
     def __init__(self) -> None:
         self._plans = threading.local()  # as the library's plans are: one for each thread
 
-    def _plan(self, problem: Problem, algorithm: int | None) -> cusparselt.Plan:
+    def plan(self, problem: Problem, algorithm: int | None) -> cusparselt.Plan:
+        """The kept plan of this thread. Raises cusparselt.Unavailable or Failed."""
         try:
             plan: cusparselt.Plan = self._plans.known[problem, algorithm]
         except (AttributeError, KeyError):
@@ -105,7 +106,7 @@ class CusparseLt:
             x = _padded(x, problem.inner, outer)
             y = x.new_empty(problem.rows, outer)
         with layout.on(problem.device):
-            self._plan(problem, algorithm)(packed, x, y)
+            self.plan(problem, algorithm)(packed, x, y)
         if outer == problem.outer:
             return y
         return y[: problem.outer] if problem.direction == "spmm" else y[:, : problem.outer].contiguous()
