@@ -72,8 +72,8 @@ class Rows:
     def __init__(self, members: Sequence[SparseWeight], dtype: torch.dtype, transposed: bool) -> None:
         self.weights, self.transposed, self.dtype = tuple(members), transposed, dtype
         shapes = [rows_of(w.param, transposed).shape for w in members]
-        size = layout.numel(sum(shape[0] for shape in shapes), shapes[0][1], dtype)
-        self.packed = torch.empty(size, dtype=dtype, device=members[0].param.device)
+        rows = sum(shape[0] for shape in shapes)
+        self.packed = layout.empty(rows, shapes[0][1], dtype, members[0].param.device)
         self._nothing = self.packed.new_empty(0)
         self._packed_from: list[tuple[int, int]] | None = None
 

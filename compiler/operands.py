@@ -38,9 +38,8 @@ class Operand:
             self._origin[id(weight)] = (0, offset) if transposed else (offset, 0)
             offset += shape[along]
         device = weights[0].param.device
-        size = numel_of(weights, dtype)
-        self.packed = torch.zeros(size, dtype=dtype, device=device)
-        self.packed_t = torch.zeros(size, dtype=dtype, device=device)
+        self.packed = layout.empty(self.rows, self.cols, dtype, device).zero_()
+        self.packed_t = layout.empty(self.cols, self.rows, dtype, device).zero_()
         self._nothing = self.packed.new_empty(0)
 
     @property

@@ -28,7 +28,7 @@ class SoftOperand:
             self._row[id(weight)] = rows
             rows += w.shape[0]
         self.dense = w.new_zeros(rows, w.shape[1], dtype=dtype)
-        self.packed = torch.zeros(layout.numel(rows, w.shape[1], dtype), dtype=dtype, device=w.device)
+        self.packed = layout.empty(rows, w.shape[1], dtype, w.device).zero_()
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor]:

@@ -198,7 +198,7 @@ def _data(problem: Problem) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
     """
     (direction, rows, inner, outer, dtype, device), order = problem, layout.metadata_order(problem.device)
     generator = torch.Generator(device).manual_seed(0)
-    packed = torch.empty(layout.numel(rows, inner, dtype), dtype=dtype, device=device)
+    packed = layout.empty(rows, inner, dtype, device)
     values, metadata = layout.split(packed, rows, inner)
     values.normal_(generator=generator)
     legal = torch.tensor([low | high << 4 for low in layout.NIBBLES for high in layout.NIBBLES], dtype=torch.uint8)

@@ -32,6 +32,11 @@ NIBBLES = tuple(i | j << 2 for i, j in PAIRS)
 TILE = 64
 #: Rows come in blocks of this many in each order of the metadata.
 ROW_BLOCK = {"sm_90": 64, "sm_80": 128}
+#: The metadata have room behind them for whole tiles of this many rows and columns. cuSPARSELt's kernels read whole
+#: tiles, also where the matrix ends within one, and take no notice of what is behind: compute-sanitizer found a read of
+#: 512 bytes behind the buffer of a matrix of 64 columns (cuSPARSELt 0.8.0 on an H200, tiles of 128). 256 is the largest
+#: tile of its kernels' names.
+ROOM_TILE = 256
 
 _NOWHERE_ELSE = nullcontext()
 
@@ -75,6 +80,27 @@ def metadata_order(device: torch.device) -> str:
 def numel(rows: int, cols: int, dtype: torch.dtype) -> int:
     """Elements of `dtype` in the packed form of a [rows, cols] matrix (9/16 of the dense count for 16-bit types)."""
     return rows * cols // 2 + rows * cols // 8 // dtype.itemsize
+
+
+def _room(rows: int, cols: int) -> int:
+    """Bytes behind a packed buffer that may be read; see `ROOM_TILE`."""
+    whole_rows, whole_cols = (-(-n // ROOM_TILE) * ROOM_TILE for n in (rows, cols))
+    return (whole_rows * whole_cols - rows * cols) // 8
+
+
+def empty(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized packed buffer of a [rows, cols] matrix, [numel], whose storage has room behind it."""
+    n = numel(rows, cols, dtype)
+    made = torch.empty(n + -(-_room(rows, cols) // dtype.itemsize), dtype=dtype, device=device)
+    return made if made.numel() == n else made.resize_(n)  # which keeps the storage
+
+
+def with_room(packed: Tensor, rows: int, cols: int) -> Tensor:
+    """`packed` itself where its storage has room behind it, else a copy that has."""
+    room = _room(rows, cols)
+    if room and packed.untyped_storage().nbytes() - packed.storage_offset() * packed.itemsize - packed.nbytes < room:
+        packed = empty(rows, cols, packed.dtype, packed.device).copy_(packed)
+    return packed
 
 
 def check(packed: Tensor, rows: int, cols: int) -> None:
@@ -191,7 +217,7 @@ def read_mask(packed: Tensor, rows: int, cols: int, order: str) -> Tensor:
 def pack(dense: Tensor, mask: Tensor, order: str) -> Tensor:
     """The packed buffer of dense * mask, both [rows, cols]."""
     rows, cols = dense.shape
-    packed = dense.new_empty(numel(rows, cols, dense.dtype))
+    packed = empty(rows, cols, dense.dtype, dense.device)
     values, metadata = split(packed, rows, cols)
     values.copy_(dense[mask].view(rows, cols // 2))
     write_nibbles(metadata, nibbles_from_mask(mask), 0, 0, rows, cols, order)

@@ -176,7 +176,7 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
     x = F.pad(dy.to(torch.float32), (0, 0, 0, padded(tokens) - tokens)).view(-1, 4, features)
     u = uniform(seeds[index : index + 1], x.shape[0] * features).view(-1, features)
     i, j, vi, vj = mvue(x.transpose(0, 1), u)
-    packed = dy.new_empty(layout.numel(features, padded(tokens), dy.dtype))
+    packed = layout.empty(features, padded(tokens), dy.dtype, dy.device)
     values, metadata = layout.split(packed, features, padded(tokens))
     values.copy_(torch.stack((vi, vj), 1).view(-1, features).t().to(dy.dtype))
     nibbles = (i | j << 2).t().to(torch.uint8)

@@ -75,7 +75,7 @@ def pack_gradient(dy: Tensor, seeds: Tensor, index: int) -> Tensor:
     check_matrix(features, padded, order)
     _check_seeds(seeds, index)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
-    packed = dy.new_empty(layout.numel(features, padded, dy.dtype))
+    packed = layout.empty(features, padded, dy.dtype, dy.device)
     launch(
         pack_gradient_kernel,
         (padded // layout.TILE * _cdiv(features // layout.TILE, _GRADIENT_STRIP),),
@@ -356,7 +356,7 @@ def glu_backward_pack(
     dh = _same_rows(dh, tokens, features)
     z = gate_up.contiguous()
     b = z if bias is None else bias.contiguous()
-    d, packed = torch.empty_like(z), z.new_empty(layout.numel(width, padded, z.dtype))
+    d, packed = torch.empty_like(z), layout.empty(width, padded, z.dtype, z.device)
     sums = _sums(z, bias)
     launch(
         glu_backward_pack_kernel,

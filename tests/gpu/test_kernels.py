@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparse24.kernels import layout, ops, reference
-from sparse24.kernels.providers import PROVIDERS, Problem
+from sparse24.kernels import cusparselt, layout, ops, reference
+from sparse24.kernels.providers import PROVIDERS, CusparseLt, Problem
 
 from ..packing import masked_decay_, pack_weight_
 
@@ -259,6 +259,31 @@ def test_every_provider_multiplies_right(provider, direction, tokens, dtype):
         assert y.shape == expected.shape and y.dtype == dtype
         error = float((y.cpu().double() - expected).norm() / expected.norm())
         assert error < (1e-3 if dtype == torch.float32 else torch.finfo(dtype).eps)  # fp32 may multiply in TF32
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("direction", ["spmm", "wgrad"])
+@pytest.mark.parametrize(("rows", "inner"), [(64, 64), (128, 192), (192, 128), (256, 64), (320, 320), (448, 256)])
+def test_what_is_behind_a_packed_form_does_not_count(order, rows, inner, direction, dtype):
+    """Every algorithm gives the same numbers; compute-sanitizer tells whether one reads further than the room."""
+    provider, problem = CusparseLt(), Problem(direction, rows, inner, 72, dtype, GPU)
+    if not provider.supports(problem):
+        pytest.skip("unsupported")
+    a = torch.randn(rows, inner).to(dtype)
+    packed = layout.empty(rows, inner, dtype, GPU)
+    x = torch.randn((72, inner) if direction == "spmm" else (inner, 72), device=GPU).to(dtype)
+    found: dict[int | None, list[torch.Tensor]] = {}
+    for behind in (0x44, 0xFF):  # legal metadata, and illegal
+        torch.empty(0, dtype=torch.uint8, device=GPU).set_(packed.untyped_storage()).fill_(behind)
+        packed.copy_(layout.pack(a, reference.best_mask(a), order))
+        for algorithm in provider.algorithms(problem):
+            try:
+                found.setdefault(algorithm, []).append(provider.run(problem, packed, x, algorithm))
+            except cusparselt.Failed:
+                continue
+    assert found
+    for algorithm, (one, other) in found.items():
+        assert torch.equal(one.view(torch.int16), other.view(torch.int16)), algorithm
 
 
 @pytest.mark.parametrize("tokens", [0, 5, 200])

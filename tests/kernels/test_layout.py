@@ -139,3 +139,35 @@ def test_errors_say_what_was_found_and_what_is_needed():
 
 def test_the_cpu_holds_the_form_that_hopper_reads():
     assert layout.arch(torch.device("cpu")) == layout.metadata_order(torch.device("cpu")) == "sm_90"
+
+
+def bytes_behind(packed):
+    return packed.untyped_storage().nbytes() - packed.storage_offset() * packed.itemsize - packed.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols", "room"), [(256, 512, 0), (256, 64, 6144), (64, 256, 6144), (192, 320, 8704)])
+def test_whole_tiles_of_metadata_can_be_read(rows, cols, room, dtype):
+    packed = layout.empty(rows, cols, dtype, torch.device("cpu"))
+    assert packed.shape == (layout.numel(rows, cols, dtype),) and packed.is_contiguous() and packed._base is None
+    assert bytes_behind(packed) == room
+    assert layout.with_room(packed, rows, cols) is packed
+
+
+def test_a_packed_form_without_room_is_copied_into_one():
+    packed = torch.randn(layout.numel(192, 320, torch.bfloat16)).bfloat16()
+    moved = layout.with_room(packed, 192, 320)
+    assert torch.equal(moved, packed) and bytes_behind(packed) == 0 and bytes_behind(moved) == 8704
+    enough = torch.randn(packed.numel() + 5000).bfloat16()[: packed.numel()]  # what is behind a view is its own
+    assert layout.with_room(enough, 192, 320) is enough
+    late = torch.randn(packed.numel() + 5000).bfloat16()[5000:]
+    assert bytes_behind(layout.with_room(late, 192, 320)) == 8704
+
+
+def test_what_trains_and_what_infers_has_room():
+    """Of every packed form that a product may read."""
+    seeds = torch.zeros(1, dtype=torch.int64)
+    dy = torch.randn(70, 192).bfloat16()
+    assert bytes_behind(reference.pack_gradient(dy, seeds, 0)) == (256 * 256 - 192 * 128) // 8
+    w = torch.randn(192, 320).bfloat16()
+    assert bytes_behind(layout.pack(w, reference.best_mask(w), "sm_90")) == 8704
