@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,14 @@ def clocks() -> str:
         return ""
 
 
+def processor() -> str:
+    """The model of the host's processor."""
+    try:
+        return re.findall(r"(?m)^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text())[0]
+    except (OSError, IndexError):
+        return platform.processor()
+
+
 def code() -> str:
     """A digest of the package's sources: what was measured."""
     digest = hashlib.sha256()
@@ -40,14 +49,15 @@ def code() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """GPU, clocks, versions, sources, date and the command: every result carries them."""
+    """GPU, clocks, processor, versions, sources, date and the command: every result carries them."""
     import triton
 
     from sparse24.kernels import cusparselt
 
     return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "clocks_and_power": clocks(),
+        "processor": processor(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cusparselt": cusparselt.version() if torch.cuda.is_available() else "",

@@ -423,7 +423,7 @@ def checked(name: str) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         numbers = f"{row['ms']['p50']:8.4f} {row['ratio']:6.2f} {row['of_peak']:8.2f} {row['bound'] or 0:6.2f}"
-        extra = f" host {row['host_us']:.0f}" + (f" cold {row['cold_ms']:.4f}" if "cold_ms" in row else "")
+        extra = f" host {row['host_us']['p50']:.0f}" + (f" cold {row['cold_ms']:.4f}" if "cold_ms" in row else "")
         where = f"{row['k']:6d} {row['f']:6d} {row['matmul']:8s} {row['with']:28s}"
         print(f"{where} {numbers}{extra} {row.get('clocks', '')}", flush=True)
 

@@ -149,6 +149,11 @@ def _by_kind(kernels: dict[str, float]) -> dict[str, float]:
     return kinds
 
 
+def p50(times: dict[str, float] | float) -> float:
+    """The median; older files hold it alone."""
+    return times["p50"] if isinstance(times, dict) else times
+
+
 def loss(results: Path) -> str:
     """The held-out loss of each saved run of examples/train_gpt.py."""
     cells = []
@@ -184,8 +189,8 @@ def matmuls(saved: Row) -> str:
         by = row["with"] + (f" ({row['provider']} {row['algorithm']})" if row.get("provider") else "")
         cells.append([f"{row['k']} x {row['f']}", str(row["tokens"]), row["matmul"], by, f"{row['ms']['p50']:.4f}"])
         cells[-1] += [f"{row['ratio']:.2f}", f"{row['of_peak']:.2f}", f"{row['cold_ms']:.4f}"]
-        kept = f" ({row['kept_us']:.0f})" if "kept_us" in row else ""
-        cells[-1].append(f"{row['host_us']:.0f}{kept}")
+        kept = f" ({p50(row['kept_us']):.0f})" if "kept_us" in row else ""
+        cells[-1].append(f"{p50(row['host_us']):.0f}{kept}")
     header = "in x out | tokens | matmul | with | ms | over dense | of the dense peak | cold, ms | host (library), us"
     return markdown(header, cells) + made_by(saved["environment"])
 
@@ -245,7 +250,7 @@ def gluon(saved: Row) -> str:
             found[-1].append(f"{_p50(of['cusparselt']) / _p50(of[best]):.2f}")
             if key == "rows":
                 found[-1] += [f"{_p50(of['dense']) / _p50(of[best]):.2f}", f"{of[best]['of_peak']:.2f}"]
-                host = [f"{of[name]['host_us']:.0f}" for name in ("cusparselt", best) if "host_us" in of[name]]
+                host = [f"{p50(of[name]['host_us']):.0f}" for name in ("cusparselt", best) if "host_us" in of[name]]
                 found[-1].append(" > ".join(host))
     header = "in x out | matmul | cuSPARSELt, ms | fastest variant, ms | which | of cuSPARSELt's speed"
     made = markdown(f"{header} | over dense | of the dense peak | host, us of a call", cells["rows"])

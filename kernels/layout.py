@@ -82,6 +82,7 @@ def numel(rows: int, cols: int, dtype: torch.dtype) -> int:
     return rows * cols // 2 + rows * cols // 8 // dtype.itemsize
 
 
+@lru_cache(maxsize=1024)
 def _room(rows: int, cols: int) -> int:
     """Bytes behind a packed buffer that may be read; see `ROOM_TILE`."""
     whole_rows, whole_cols = (-(-n // ROOM_TILE) * ROOM_TILE for n in (rows, cols))

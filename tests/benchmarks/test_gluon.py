@@ -106,7 +106,7 @@ def test_a_variant_that_ends_its_process_is_left_out_of_the_next(gluon, monkeypa
                         return
                 ms = dict.fromkeys(("p20", "p50", "p80"), 1.0)
                 row = {"k": k, "f": f, "matmul": matmul, "ms": ms, "ratio": 1.0, "of_peak": 1.0, "bound": None}
-                row["host_us"] = 50.0
+                row["host_us"] = {"p50": 50.0}
                 yield {"rows": [row | {"with": name} for name in ("dense", *job["names"])]}
         yield {"exit": 0, "said": ""}
 
