@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import sparse24
 from sparse24.compiler import backend, weights
+from sparse24.kernels import choice, layout
+from sparse24.kernels.providers import Problem
 
 from .models import MLP, Stack, SwiGLU, compiled, relative, sparse_names, train
 
@@ -254,6 +256,29 @@ def test_the_dense_end_is_compiled_from_inductors_cache(tmp_path, monkeypatch) -
         run(x).sum().backward()
         assert counters["inductor"]["fxgraph_cache_bypass"] == 0
         assert counters["inductor"]["fxgraph_cache_hit"] == hits
+
+
+@pytest.mark.parametrize("recipe", ["fst", "s-ste"])
+def test_every_packed_form_that_is_multiplied_has_room_behind_it(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def noting(problem: Problem, packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        assert layout.with_room(packed, problem.rows, problem.inner) is packed
+        seen.append((problem.direction, problem.rows, problem.inner))
+        return multiply(problem, packed, x)
+
+    multiply = choice.matmul
+    monkeypatch.setattr(choice, "matmul", noting)
+    model = Stack(MLP(ff=192), SwiGLU())
+    run = compiled(model, wgrad="mvue", recipe=recipe)
+    train(run, torch.optim.SGD(model.parameters(), 0.1), 2)
+    with torch.no_grad():
+        run(torch.randn(3, 64))
+    pruned = sparse24.prune(model)
+    with torch.no_grad():
+        compiled(pruned)(torch.randn(3, 64))
+    assert len({direction for direction, *_ in seen}) == 2
+    assert sum(layout._room(*of) > 0 for _, *of in seen) > len(seen) // 2
 
 
 def test_the_compiler_behind_runs_before_weights_are_packed_and_sees_operands_alike(
