@@ -14,6 +14,8 @@ cp_async = async_copy.async_load if hasattr(async_copy, "async_load") else async
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 constexpr_function = gluon.constexpr_function
+#: From Triton 3.9 on, inline PTX runs once a thread, and takes the addresses of shared memory.
+BY_THREAD = gl.constexpr(hasattr(gl, "inline_asm"))
 
 
 @constexpr_function

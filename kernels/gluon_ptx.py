@@ -8,19 +8,19 @@ SLOT_BYTES = 8192  # of shared memory: 64 x 64 entries of 16 bits
 
 
 @constexpr_function
-def mma_asm(MB, BN, half, transposed, registers, dtype):
+def mma_asm(MB, BN, half, transposed, registers, dtype, addresses):
     """PTX of one warpgroup for 64 columns of the packed operand: 2 * MB instructions, and the wait for them.
 
-    Operands, registers of a thread: the results (32 for each 64 columns of a row block); the byte offset of x, 32 times
-    the same; the packed operand, for each of MB blocks 16 registers of fragments or, if not `registers`, one byte
-    offset 32 times; metadata of MB blocks, 32 times each; the sums so far, tied to the results. half: which 64 of a
-    slot's 128 columns.
+    Operands, registers of a thread: the results (32 for each 64 columns of a row block); where x is; the packed
+    operand, for each of MB blocks 16 registers of fragments or, if not `registers`, where it is; metadata of MB blocks;
+    the sums so far, tied to the results. half: which 64 of a slot's 128 columns. addresses: places are addresses of
+    shared memory, else byte offsets in it, and each of places and metadata comes 32 times.
     """
-    n = MB * BN // 2
-    b, a = n, n + 32
-    meta = a + (16 * MB if registers else 32)
+    n, times = MB * BN // 2, 1 if addresses else 32
+    b, a = n, n + times
+    meta = a + (16 * MB if registers else times)
     high = 1 << 30 | 1024 >> 4  # 128 byte swizzle, 1024 bytes from one block of eight rows to the next
-    lines = ["{", ".reg .b32 a, b, base;", ".reg .b64 da, db;", "mov.u32 base, global_smem;"]
+    lines = ["{", ".reg .b32 a, b, base;", ".reg .b64 da, db;", f"mov.u32 base, {'0' if addresses else 'global_smem'};"]
     for name, operand in (("b", b),) if registers else (("b", b), ("a", a)):
         address = f"add.u32 {name}, base, ${operand};", f"shr.u32 {name}, {name}, 4;"
         lines += [*address, f"and.b32 {name}, {name}, 0x3FFF;"]
@@ -40,7 +40,7 @@ def mma_asm(MB, BN, half, transposed, registers, dtype):
                     f"add.u32 base, a, {m * (SLOT_BYTES >> 4) + 4 * half + 2 * k};",
                     f"mov.b64 da, {{base, {high}}};",
                 ]
-            operands = f"{{{sums}}}, {packed}, db, ${meta + 32 * m}, {k}, 1, 1, 1"
+            operands = f"{{{sums}}}, {packed}, db, ${meta + times * m}, {k}, 1, 1, 1"
             operands += f", {int(transposed)}" if registers else f", 0, {int(transposed)}"
             lines += [f"wgmma.mma_async.sp.sync.aligned.m64n{BN}k32.f32.{dtype}.{dtype} {operands};"]
         lines += [f"add.u32 b, b, {256 if transposed else 4};"]
@@ -49,10 +49,15 @@ def mma_asm(MB, BN, half, transposed, registers, dtype):
 
 
 @constexpr_function
-def mma_constraints(MB, BN, registers):
-    n = MB * BN // 2
-    inputs = 32 + (16 * MB if registers else 32) + 32 * MB
+def mma_constraints(MB, BN, registers, addresses):
+    n, times = MB * BN // 2, 1 if addresses else 32
+    inputs = times + (16 * MB if registers else times) + times * MB
     return ",".join(["=f"] * n + ["r"] * inputs + [str(i) for i in range(n)])
+
+
+@constexpr_function
+def repeated(kind, n):
+    return (kind,) * n
 
 
 @constexpr_function

@@ -12,7 +12,8 @@ the tile that all of them share. While the consumers write a tile, the loads of 
 Shared memory is one arena of slots, each 64 x 64 entries with 128 byte swizzle: rings for the packed operand (64 rows
 by 128 columns of it a slot) and for x (64 by 64), and slots to write the result from. A single buffer, because the PTX
 takes its address from the symbol `global_smem`: Triton puts the largest buffer first, at offset 0. That is an
-assumption, and `gluon_matmul` tests it.
+assumption, and `gluon_matmul` tests it. From Triton 3.9 on inline PTX gets the slots' addresses instead. That was
+compiled only, to the instructions of before on the same registers, and not run.
 
 Where the last round of tiles leaves multiprocessors idle, its tiles are cut into equal parts of their steps (split-K).
 Programs that run together then still read the same rows and columns; shares of equal length (stream-K) were slower on
@@ -34,8 +35,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import layout
-from .gluon_common import advance, along, barrier, make_barriers, tile_of, tma_load, tma_store
-from .gluon_ptx import SLOT_BYTES, arrive_asm, await_asm, floats, mma_asm, mma_constraints, nibbles_asm
+from .gluon_common import BY_THREAD, advance, along, barrier, make_barriers, tile_of, tma_load, tma_store
+from .gluon_ptx import SLOT_BYTES, arrive_asm, await_asm, floats, mma_asm, mma_constraints, nibbles_asm, repeated
 from .reference import GATED
 from .triton_launch import launch
 
@@ -90,9 +91,22 @@ def mma(
     REGISTER_A: gl.constexpr,
     DTYPE: gl.constexpr,
 ):
-    ASM: gl.constexpr = mma_asm(MB, BN, HALF, TRANSPOSED, REGISTER_A, DTYPE)
-    CONSTRAINTS: gl.constexpr = mma_constraints(MB, BN, REGISTER_A)
-    return gl.inline_asm_elementwise(ASM, CONSTRAINTS, (b,) + a + meta + acc, floats(MB * BN // 64), False, 32)
+    ADDRESSES: gl.constexpr = BY_THREAD and not REGISTER_A
+    ASM: gl.constexpr = mma_asm(MB, BN, HALF, TRANSPOSED, REGISTER_A, DTYPE, ADDRESSES)
+    CONSTRAINTS: gl.constexpr = mma_constraints(MB, BN, REGISTER_A, ADDRESSES)
+    if ADDRESSES:
+        return gl.inline_asm(ASM, CONSTRAINTS, (b,) + a + meta + acc, repeated(acc[0].type, MB * BN // 64), False)
+    else:
+        return gl.inline_asm_elementwise(ASM, CONSTRAINTS, (b,) + a + meta + acc, floats(MB * BN // 64), False, 32)
+
+
+@gluon.jit
+def whereabouts(arena, slot, ADDRESS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where a slot of shared memory is, for `mma`."""
+    if ADDRESS:
+        return arena.index(slot)
+    else:
+        return gl.full([1, 1, 1, 1], slot * SLOT, gl.int32, LAYOUT)
 
 
 @gluon.jit
@@ -295,15 +309,15 @@ def consumer(
                 for m in gl.static_range(MB):
                     packed = packed + (fragments(arena.index(a * SA + WG * MB + m), L4),)
             else:
-                packed = (gl.full([1, 1, 1, 1], (a * SA + WG * MB) * SLOT, gl.int32, L4),)
+                packed = (whereabouts(arena, a * SA + WG * MB, BY_THREAD, L4),)
             mbarrier.wait(full_b.index(b), pb)
-            b_at = gl.full([1, 1, 1, 1], (NA * SA + b * SB) * SLOT, gl.int32, L4)
+            b_at = whereabouts(arena, NA * SA + b * SB, BY_THREAD and not REGISTER_A, L4)
             acc = mma(acc, packed, b_at, e0, 0, MB, BN, TRANSPOSED, REGISTER_A, DTYPE)
             barrier()
             mbarrier.arrive(empty_b.index(b), count=1)
             b, pb = advance(b, pb, NB)
             mbarrier.wait(full_b.index(b), pb)
-            b_at = gl.full([1, 1, 1, 1], (NA * SA + b * SB) * SLOT, gl.int32, L4)
+            b_at = whereabouts(arena, NA * SA + b * SB, BY_THREAD and not REGISTER_A, L4)
             acc = mma(acc, packed, b_at, e1, 1, MB, BN, TRANSPOSED, REGISTER_A, DTYPE)
             barrier()
             mbarrier.arrive(empty_b.index(b), count=1)

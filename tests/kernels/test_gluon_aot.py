@@ -30,6 +30,7 @@ def compile_all(folder):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
+    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     for module, arch, index, transposed, fp16, biased, kind in cases():
@@ -76,6 +77,8 @@ def compile_all(folder):
             "shared": compiled.metadata.shared,
             "arena": variant.slots * 8192 if module == "gluon_wgmma" else None,
             "barriers": barriers(text),
+            "by_symbol": "base, global_smem" in text,
+            "by_thread": hasattr(gl, "inline_asm"),
         }
         print(json.dumps(found), flush=True)
 
@@ -110,6 +113,7 @@ def test_every_kernel_compiles_to_sparse_instructions(compiled):
         assert found["shared"] <= SHARED[arch], found
         if module == "gluon_wgmma":  # the arena is first, and all of it before the barriers
             assert len(found["barriers"]) >= 12 and min(found["barriers"]) >= found["arena"], found
+            assert found["by_symbol"] != found["by_thread"], found  # how the instructions find the arena
 
 
 if __name__ == "__main__":
