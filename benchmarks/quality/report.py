@@ -295,6 +295,57 @@ def loss_at(run: dict[str, Any], seconds: float) -> float:
     return float(before[2])
 
 
+def behind_searches(results: Results) -> list[str]:
+    """Sentences: what a mask search costs at once, where some evaluations came right behind one and others did not."""
+    rises: dict[str, float] = {}
+    ends: dict[str, float] = {}
+    last = 0
+    for arm, runs in results.items():
+        settings, dense = runs[0]["settings"], {run["settings"]["seed"]: run for run in results.get("dense", [])}
+        options, steps = settings["options"], settings["steps"]
+        searching = options.get("dense_after") != 0 and options.get("recipe") != "s-ste" and not settings.get("later")
+        if not searching or "least_loss" in runs[0]["data"]:  # where that is near 0 a ratio says nothing
+            continue
+        both = [(run, dense[run["settings"]["seed"]]) for run in runs if run["settings"]["seed"] in dense]
+        both = [(run, other) for run, other in both if not run["error"]]
+        found = [rise for run, other in both for rise in rises_of(run, other)]
+        rises |= {arm: mean(found)} if found else {}
+        if found and options.get("dense_after") is None and steps % options["refresh_every"] == 0:
+            last = max(at[0] for at in both[0][0]["held_out"] if at[0] % options["refresh_every"])
+            ends[arm] = mean(percent_over(run, other)[last] for run, other in both)
+    said = [
+        "Held-out loss right behind a mask search, over that of the evaluations before and after, which came between "
+        "two searches, in percent of dense's and from a fifth of the steps to the dense end: "
+        f"{', '.join(f'{arm} {rises[arm]:+.2f}' for arm in sorted(rises, key=lambda arm: rises[arm]))}."
+    ]
+    behind = ", ".join(f"{arm} {ends[arm]:+.2f}%" for arm in sorted(ends, key=lambda arm: ends[arm]))
+    return said * bool(rises) + bool(ends) * [
+        f"Runs that end sparse end right behind a search; at step {last}, their last evaluation that was not, they "
+        f"were from dense by: {behind}."
+    ]
+
+
+def percent_over(run: dict[str, Any], dense: dict[str, Any]) -> dict[int, float]:
+    """{step: held-out loss over that of dense, in percent}."""
+    both = zip(run["held_out"], dense["held_out"], strict=True)
+    return {at[0]: 100 * (at[2] / other[2] - 1) for at, other in both}
+
+
+def rises_of(run: dict[str, Any], dense: dict[str, Any]) -> list[float]:
+    """Of each evaluation right behind a search, between two that are not: percent over dense, less that of these."""
+    options, steps = run["settings"]["options"], run["settings"]["steps"]
+    over, found = list(percent_over(run, dense).items()), []
+    for before, at, after in zip(over, over[1:], over[2:], strict=False):
+        searched_there = [step % options["refresh_every"] == 0 for step, _ in (before, at, after)]
+        if (
+            searched_there == [False, True, False]
+            and steps / 5 <= at[0]
+            and after[0] < (options["dense_after"] or steps)
+        ):
+            found.append(at[1] - (before[1] + after[1]) / 2)
+    return found
+
+
 def facts(results: Results) -> str:
     """What the runs share: size, data and where they were made."""
     run = next(iter(results.values()))[0]
@@ -338,7 +389,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         lines += [f"### {NAMES[family]}, {SCALES[scale]}{other}", "", facts(results), "", table(results)]
         rates = [] if other else learning_rates(found, family, scale)
-        lines += [f"- {sentence}" for sentence in [*rates, *claims(results), *at_equal_time(results)]]
+        lines += [
+            f"- {sentence}"
+            for sentence in [*rates, *claims(results), *behind_searches(results), *at_equal_time(results)]
+        ]
         tried = trials(results)
         lines += ["", *["#### Trials", "", tried] * bool(tried)]
         timed = {arm: alone(runs) for arm, runs in results.items() if alone(runs)}

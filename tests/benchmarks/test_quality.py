@@ -335,6 +335,39 @@ def test_the_report_pairs_runs_by_seed_and_judges_claims_and_order(tmp_path: Pat
     assert "the claim of 0.5% DOES NOT HOLD" in reported(module, tmp_path)
 
 
+def test_the_report_says_what_a_mask_search_costs_at_once(module: Any) -> None:
+    def run(arm: str, losses: dict[int, float], **options: Any) -> dict[str, Any]:
+        settings = {"arm": arm, "seed": 0, "steps": 1000, "options": {"refresh_every": 40, **options}}
+        return {
+            "settings": settings,
+            "data": {},
+            "error": None,
+            "held_out": [[s, 0.0, v, None] for s, v in losses.items()],
+        }
+
+    def losses(behind: float) -> dict[int, float]:
+        """Twice what dense has there; more right behind a search, and far more in the first fifth and the dense end."""
+        return {s: 2.0 + (behind if s % 200 == 0 else 0.0) + 50.0 * (s < 150 or s > 900) for s in range(50, 1001, 50)}
+
+    report = module("report")
+    results = {
+        "dense": [run("dense", dict.fromkeys(range(50, 1001, 50), 1.0), dense_after=0)],
+        "fst": [run("fst", losses(0.02), dense_after=900)],
+        "ste": [run("ste", losses(0.01), dense_after=None)],
+        "s-ste": [run("s-ste", losses(0.5), dense_after=None, recipe="s-ste")],
+        "half": [run("half", losses(0.5), dense_after=0)],
+    }
+    said, ends = report.behind_searches(results)
+    assert said.endswith("to the dense end: ste +1.00, fst +2.00.")
+    assert ends.endswith("at step 950, their last evaluation that was not, they were from dense by: ste +5100.00%.")
+    assert report.rises_of(results["fst"][0], results["dense"][0]) == pytest.approx([2.0] * 4)  # at 200, 400, 600, 800
+    everywhere = {arm: [{**runs[0], "held_out": runs[0]["held_out"][3::4]}] for arm, runs in results.items()}
+    assert report.behind_searches(everywhere) == []  # all evaluations came right behind a search
+    results["fst"][0]["data"]["least_loss"] = 0.0
+    assert "fst" not in report.behind_searches(results)[0]
+    assert report.behind_searches({"fst": results["fst"]}) == []
+
+
 def test_runs_at_another_learning_rate_have_a_section_of_their_own(tmp_path: Path, module: Any) -> None:
     pytest.importorskip("matplotlib")
     for lr, losses in ((2e-3, (2.0, 2.2, 2.004)), (1e-3, (3.0, 3.3, 3.03))):
