@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..kernels import ahead, providers
+from ..kernels import ahead, layout, providers
 from ..kernels.gain import Layer, gain, matmuls
 from ..passes.find import Linear, find_linears
 from ..passes.graph import copy_of
@@ -39,7 +39,7 @@ from . import (
     step as step,  # registers the optimizer hooks
 )
 from .errors import BackendError, SkippedError
-from .operands import numel_of, operand_of
+from .operands import operand_of
 from .ranks import check_recipe, first_of
 from .recipe import Recipe
 from .seeds import draw_seed, no_seeds, seeds_on
@@ -352,7 +352,7 @@ class Variant:
             with fake:
                 examples: list[Any] = [torch.empty(len(members), dtype=torch.int64, device=device)]
                 for (group, _), together in zip(self.groups, members, strict=True):
-                    size = numel_of(together, group.dtype)
+                    size = sum(layout.numel(w.shape[0], w.shape[1], group.dtype) for w in together)
                     examples += [torch.empty(size, dtype=group.dtype, device=device) for _ in range(2)]
             return examples
         operands = self.pack(known)

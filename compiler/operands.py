@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from .weights import SparseWeight
 
 
-def numel_of(weights: Sequence["SparseWeight"], dtype: torch.dtype) -> int:
-    """Elements of `dtype` in each packed form of these weights together."""
-    return sum(layout.numel(w.shape[0], w.shape[1], dtype) for w in weights)
-
-
 class Operand:
     """The packed forms of one or several weights that are multiplied as one: their rows (out_features) stand in order.
 

@@ -45,7 +45,9 @@ def compress(dense: Tensor) -> Tensor:
 
 
 def readable(packed: Tensor, rows: int, cols: int) -> Tensor:
-    """The packed form of a [rows, cols] matrix as the library reads it: the same bytes where it passed `check`."""
-    if check(packed.device) is None:
-        return packed
-    return compress(layout.unpack(packed, rows, cols, layout.metadata_order(packed.device)))
+    """The packed form of a [rows, cols] matrix as the library reads it, with room behind it: the same bytes where it
+    passed `check`, and the same memory where that has room.
+    """
+    if check(packed.device) is not None:
+        packed = compress(layout.unpack(packed, rows, cols, layout.metadata_order(packed.device)))
+    return layout.with_room(packed, rows, cols)

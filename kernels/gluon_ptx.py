@@ -1,7 +1,5 @@
 """The inline PTX of `gluon_wgmma`: what Gluon has no words for."""
 
-from triton.experimental.gluon import language as gl
-
 from .gluon_common import constexpr_function
 
 SLOT_BYTES = 8192  # of shared memory: 64 x 64 entries of 16 bits
@@ -58,11 +56,6 @@ def mma_constraints(MB, BN, registers, addresses):
 @constexpr_function
 def repeated(kind, n):
     return (kind,) * n
-
-
-@constexpr_function
-def floats(n):
-    return (gl.float32,) * n
 
 
 @constexpr_function

@@ -36,7 +36,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import layout
 from .gluon_common import BY_THREAD, advance, along, barrier, make_barriers, tile_of, tma_load, tma_store
-from .gluon_ptx import SLOT_BYTES, arrive_asm, await_asm, floats, mma_asm, mma_constraints, nibbles_asm, repeated
+from .gluon_ptx import SLOT_BYTES, arrive_asm, await_asm, mma_asm, mma_constraints, nibbles_asm, repeated
 from .reference import GATED
 from .triton_launch import launch
 
@@ -97,13 +97,15 @@ def mma(
     if ADDRESSES:
         return gl.inline_asm(ASM, CONSTRAINTS, (b,) + a + meta + acc, repeated(acc[0].type, MB * BN // 64), False)
     else:
-        return gl.inline_asm_elementwise(ASM, CONSTRAINTS, (b,) + a + meta + acc, floats(MB * BN // 64), False, 32)
+        return gl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, (b,) + a + meta + acc, repeated(gl.float32, MB * BN // 64), False, 32
+        )
 
 
 @gluon.jit
-def whereabouts(arena, slot, ADDRESS: gl.constexpr, LAYOUT: gl.constexpr):
+def whereabouts(arena, slot, REGISTER_A: gl.constexpr, LAYOUT: gl.constexpr):
     """Where a slot of shared memory is, for `mma`."""
-    if ADDRESS:
+    if BY_THREAD and not REGISTER_A:
         return arena.index(slot)
     else:
         return gl.full([1, 1, 1, 1], slot * SLOT, gl.int32, LAYOUT)
@@ -309,15 +311,15 @@ def consumer(
                 for m in gl.static_range(MB):
                     packed = packed + (fragments(arena.index(a * SA + WG * MB + m), L4),)
             else:
-                packed = (whereabouts(arena, a * SA + WG * MB, BY_THREAD, L4),)
+                packed = (whereabouts(arena, a * SA + WG * MB, REGISTER_A, L4),)
             mbarrier.wait(full_b.index(b), pb)
-            b_at = whereabouts(arena, NA * SA + b * SB, BY_THREAD and not REGISTER_A, L4)
+            b_at = whereabouts(arena, NA * SA + b * SB, REGISTER_A, L4)
             acc = mma(acc, packed, b_at, e0, 0, MB, BN, TRANSPOSED, REGISTER_A, DTYPE)
             barrier()
             mbarrier.arrive(empty_b.index(b), count=1)
             b, pb = advance(b, pb, NB)
             mbarrier.wait(full_b.index(b), pb)
-            b_at = whereabouts(arena, NA * SA + b * SB, BY_THREAD and not REGISTER_A, L4)
+            b_at = whereabouts(arena, NA * SA + b * SB, REGISTER_A, L4)
             acc = mma(acc, packed, b_at, e1, 1, MB, BN, TRANSPOSED, REGISTER_A, DTYPE)
             barrier()
             mbarrier.arrive(empty_b.index(b), count=1)

@@ -97,7 +97,7 @@ class CusparseLt:
         return [*(a for a in usual if a in safe), *(a for a in safe if a not in usual)]
 
     def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
-        packed = layout.with_room(readable(packed, problem.rows, problem.inner), problem.rows, problem.inner)
+        packed = readable(packed, problem.rows, problem.inner)
         outer = _aligned(problem.outer)
         if problem.direction == "spmm":
             x = _padded(x, outer, x.shape[1])
@@ -133,8 +133,7 @@ class TorchCusparselt:
         return [None]
 
     def run(self, problem: Problem, packed: Tensor, x: Tensor, algorithm: int | None) -> Tensor:
-        packed = layout.with_room(readable(packed, problem.rows, problem.inner), problem.rows, problem.inner)
-        compressed = packed.view(problem.rows, -1)
+        compressed = readable(packed, problem.rows, problem.inner).view(problem.rows, -1)
         outer = _aligned(problem.outer)
         if problem.direction == "wgrad":
             x = _padded(x, problem.inner, outer)

@@ -158,13 +158,22 @@ def row(arm: str, results: Results, with_hits: bool) -> list[str]:
     return [*cells, f"{mean(alone):.0f}" if alone else "", str(len(runs))]
 
 
+def finished(results: Results, arm: str) -> list[dict[str, Any]]:
+    return [run for run in results.get(arm, []) if not run["error"]]
+
+
+def of_one_seed(
+    runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(run, other) of the seeds that both have."""
+    known = {other["settings"]["seed"]: other for other in others}
+    return [(run, known[run["settings"]["seed"]]) for run in runs if run["settings"]["seed"] in known]
+
+
 def pairs(results: Results, arm: str, base: str, column: int = 2) -> list[tuple[float, float]]:
     """(final number of the arm, of the base) of the seeds that both have; column 2: held-out loss, 3: accuracy."""
-    of: list[dict[int, float]] = [
-        {run["settings"]["seed"]: run["held_out"][-1][column] for run in results.get(name, []) if not run["error"]}
-        for name in (arm, base)
-    ]
-    return [(of[0][seed], of[1][seed]) for seed in of[0] if seed in of[1]]
+    both = of_one_seed(finished(results, arm), finished(results, base))
+    return [(run["held_out"][-1][column], other["held_out"][-1][column]) for run, other in both]
 
 
 def over(results: Results, arm: str, base: str) -> str:
@@ -279,8 +288,7 @@ def at_equal_time(results: Results) -> list[str]:
 
 def timed_pairs(results: Results, arm: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(the arm, dense) of one seed, each alone on a GPU of one kind."""
-    timed = [{run["settings"]["seed"]: run for run in alone(results.get(name, []))} for name in (arm, "dense")]
-    both = [(timed[0][seed], timed[1][seed]) for seed in timed[0] if seed in timed[1]]
+    both = of_one_seed(alone(results.get(arm, [])), alone(results.get("dense", [])))
     return [(fst, dense) for fst, dense in both if fst["settings"]["device"] == dense["settings"]["device"]]
 
 
@@ -299,51 +307,60 @@ def behind_searches(results: Results) -> list[str]:
     """Sentences: what a mask search costs at once, where some evaluations came right behind one and others did not."""
     rises: dict[str, float] = {}
     ends: dict[str, float] = {}
-    last = 0
-    for arm, runs in results.items():
-        settings, dense = runs[0]["settings"], {run["settings"]["seed"]: run for run in results.get("dense", [])}
-        options, steps = settings["options"], settings["steps"]
-        searching = options.get("dense_after") != 0 and options.get("recipe") != "s-ste" and not settings.get("later")
-        if not searching or "least_loss" in runs[0]["data"]:  # where that is near 0 a ratio says nothing
+    for arm in results:
+        both = of_one_seed(finished(results, arm), finished(results, "dense"))
+        found = [rise for run, dense in both if searches(run) for rise in rises_of(run, dense)]
+        if not found:
             continue
-        both = [(run, dense[run["settings"]["seed"]]) for run in runs if run["settings"]["seed"] in dense]
-        both = [(run, other) for run, other in both if not run["error"]]
-        found = [rise for run, other in both for rise in rises_of(run, other)]
-        rises |= {arm: mean(found)} if found else {}
-        if found and options.get("dense_after") is None and steps % options["refresh_every"] == 0:
-            last = max(at[0] for at in both[0][0]["held_out"] if at[0] % options["refresh_every"])
-            ends[arm] = mean(percent_over(run, other)[last] for run, other in both)
-    said = [
-        "Held-out loss right behind a mask search, over that of the evaluations before and after, which came between "
-        "two searches, in percent of dense's and from a fifth of the steps to the dense end: "
-        f"{', '.join(f'{arm} {rises[arm]:+.2f}' for arm in sorted(rises, key=lambda arm: rises[arm]))}."
-    ]
-    behind = ", ".join(f"{arm} {ends[arm]:+.2f}%" for arm in sorted(ends, key=lambda arm: ends[arm]))
-    return said * bool(rises) + bool(ends) * [
-        f"Runs that end sparse end right behind a search; at step {last}, their last evaluation that was not, they "
-        f"were from dense by: {behind}."
-    ]
+        rises[arm] = mean(found)
+        if both[0][0]["settings"]["options"]["dense_after"] is None:
+            ends[arm] = mean(between_searches(run, dense)[-1] for run, dense in both)
+
+    def listed(of: dict[str, float]) -> str:
+        return ", ".join(f"{arm} {of[arm]:+.2f}" for arm in sorted(of, key=lambda arm: of[arm]))
+
+    said = []
+    if rises:
+        said.append(
+            "Held-out loss right behind a mask search, over that of the evaluations before and after, which came "
+            "between two searches, in percent of dense's and from a fifth of the steps to the dense end: "
+            f"{listed(rises)}."
+        )
+    if ends:
+        said.append(
+            "Of runs that end sparse, the last evaluation between two searches, in percent over dense: "
+            f"{listed(ends)}. The table has their ends, which may be right behind a search."
+        )
+    return said
 
 
-def percent_over(run: dict[str, Any], dense: dict[str, Any]) -> dict[int, float]:
-    """{step: held-out loss over that of dense, in percent}."""
+def searches(run: dict[str, Any]) -> bool:
+    """Whether masks were searched, always at one interval, and losses have a ratio that says something."""
+    options = run["settings"]["options"]
+    sparse = options.get("dense_after") != 0 and options.get("recipe") != "s-ste"
+    return sparse and not run["settings"].get("later") and "least_loss" not in run["data"]
+
+
+def percent_over(run: dict[str, Any], dense: dict[str, Any]) -> list[tuple[bool, int, float]]:
+    """Of each evaluation whether a search came right before, its step, and the loss over dense's in percent."""
+    every = run["settings"]["options"]["refresh_every"]
     both = zip(run["held_out"], dense["held_out"], strict=True)
-    return {at[0]: 100 * (at[2] / other[2] - 1) for at, other in both}
+    return [(at[0] % every == 0, at[0], 100 * (at[2] / other[2] - 1)) for at, other in both]
+
+
+def between_searches(run: dict[str, Any], dense: dict[str, Any]) -> list[float]:
+    return [percent for behind, _, percent in percent_over(run, dense) if not behind]
 
 
 def rises_of(run: dict[str, Any], dense: dict[str, Any]) -> list[float]:
     """Of each evaluation right behind a search, between two that are not: percent over dense, less that of these."""
-    options, steps = run["settings"]["options"], run["settings"]["steps"]
-    over, found = list(percent_over(run, dense).items()), []
-    for before, at, after in zip(over, over[1:], over[2:], strict=False):
-        searched_there = [step % options["refresh_every"] == 0 for step, _ in (before, at, after)]
-        if (
-            searched_there == [False, True, False]
-            and steps / 5 <= at[0]
-            and after[0] < (options["dense_after"] or steps)
-        ):
-            found.append(at[1] - (before[1] + after[1]) / 2)
-    return found
+    first, end = run["settings"]["steps"] / 5, run["settings"]["options"]["dense_after"] or run["settings"]["steps"]
+    over = percent_over(run, dense)
+    return [
+        at[2] - (before[2] + after[2]) / 2
+        for before, at, after in zip(over, over[1:], over[2:], strict=False)
+        if (before[0], at[0], after[0]) == (False, True, False) and first <= at[1] and after[1] < end
+    ]
 
 
 def facts(results: Results) -> str:

@@ -359,7 +359,7 @@ def test_the_report_says_what_a_mask_search_costs_at_once(module: Any) -> None:
     }
     said, ends = report.behind_searches(results)
     assert said.endswith("to the dense end: ste +1.00, fst +2.00.")
-    assert ends.endswith("at step 950, their last evaluation that was not, they were from dense by: ste +5100.00%.")
+    assert "in percent over dense: ste +5100.00." in ends  # at 950
     assert report.rises_of(results["fst"][0], results["dense"][0]) == pytest.approx([2.0] * 4)  # at 200, 400, 600, 800
     everywhere = {arm: [{**runs[0], "held_out": runs[0]["held_out"][3::4]}] for arm, runs in results.items()}
     assert report.behind_searches(everywhere) == []  # all evaluations came right behind a search

@@ -185,6 +185,7 @@ def test_groups_run_along_tokens_and_the_padding_is_empty(impl, poisoned, tokens
     packed = impl.pack_gradient(dy.to(impl.device), torch.tensor([3], device=impl.device), 0)
     padded = reference.padded(tokens)
     assert packed.shape == (layout.numel(64, padded, torch.float32),) and padded % 64 == 0
+    assert layout.with_room(packed, 64, padded) is packed
     assert not packed[: 32 * padded].isnan().any()
     dense = layout.unpack(packed.cpu(), 64, padded, impl.order)
     assert not dense[:, tokens:].any()

@@ -162,12 +162,3 @@ def test_a_packed_form_without_room_is_copied_into_one():
     assert layout.with_room(enough, 192, 320) is enough
     late = torch.randn(packed.numel() + 5000).bfloat16()[5000:]
     assert bytes_behind(layout.with_room(late, 192, 320)) == 8704
-
-
-def test_what_trains_and_what_infers_has_room():
-    """Of every packed form that a product may read."""
-    seeds = torch.zeros(1, dtype=torch.int64)
-    dy = torch.randn(70, 192).bfloat16()
-    assert bytes_behind(reference.pack_gradient(dy, seeds, 0)) == (256 * 256 - 192 * 128) // 8
-    w = torch.randn(192, 320).bfloat16()
-    assert bytes_behind(layout.pack(w, reference.best_mask(w), "sm_90")) == 8704
