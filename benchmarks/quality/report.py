@@ -313,7 +313,7 @@ def behind_searches(results: Results) -> list[str]:
         if not found:
             continue
         rises[arm] = mean(found)
-        if both[0][0]["settings"]["options"]["dense_after"] is None:
+        if both[0][0]["settings"]["options"].get("dense_after") is None:
             ends[arm] = mean(between_searches(run, dense)[-1] for run, dense in both)
 
     def listed(of: dict[str, float]) -> str:
@@ -354,7 +354,7 @@ def between_searches(run: dict[str, Any], dense: dict[str, Any]) -> list[float]:
 
 def rises_of(run: dict[str, Any], dense: dict[str, Any]) -> list[float]:
     """Of each evaluation right behind a search, between two that are not: percent over dense, less that of these."""
-    first, end = run["settings"]["steps"] / 5, run["settings"]["options"]["dense_after"] or run["settings"]["steps"]
+    first, end = run["settings"]["steps"] / 5, run["settings"]["options"].get("dense_after") or run["settings"]["steps"]
     over = percent_over(run, dense)
     return [
         at[2] - (before[2] + after[2]) / 2
