@@ -36,15 +36,15 @@ def cold(run: Callable[[], Any], n: int = 7) -> float:
 
 
 def host_us(run: Callable[[], Any], turns: int = 25, n: int = 20) -> dict[str, float]:
-    """Percentiles over `turns` of a call's share of n calls: between turns the GPU drains, and n fit into its queue."""
+    """Percentiles over single calls, one behind another: n of them fit into the GPU's queue, which drains between turns."""
     times = []
     for _ in range(turns):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        began = time.perf_counter()
         for _ in range(n):
+            began = time.perf_counter()
             run()
-        times.append((time.perf_counter() - began) / n * 1e6)
+            times.append((time.perf_counter() - began) * 1e6)
     return percentiles(times)
 
 
