@@ -36,7 +36,7 @@ def cold(run: Callable[[], Any], n: int = 7) -> float:
 
 
 def host_us(run: Callable[[], Any], turns: int = 25, n: int = 20) -> dict[str, float]:
-    """Percentiles over single calls, one behind another: n of them fit into the GPU's queue, which drains between turns."""
+    """Percentiles over single calls, one behind another: n of them fit into the queue of the GPU, which then drains."""
     times = []
     for _ in range(turns):
         if torch.cuda.is_available():
