@@ -61,8 +61,20 @@ def _weights_of(optimizer: Optimizer) -> list[tuple[SparseWeight, dict[str, Any]
 
 
 def _held(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that one steps by (ZeroRedundancyOptimizer's): its step is the one that counts."""
-    return [held for held in vars(optimizer).values() if isinstance(held, Optimizer)]
+    """The optimizers that one steps by, as ZeroRedundancyOptimizer does: attributes of it, alone or in a list, tuple or
+    dict, with parameters of its own groups. Its step is the one that counts.
+    """
+    found: list[Optimizer] = []
+    for name, value in vars(optimizer).items():
+        if name not in ("state", "param_groups", "defaults"):
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            )
+            found += [held for held in values if isinstance(held, Optimizer)]
+    if not found:
+        return found
+    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    return [held for held in found if any(id(p) in own for group in held.param_groups for p in group["params"])]
 
 
 def _skipped(optimizer: Optimizer) -> bool:

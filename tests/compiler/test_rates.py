@@ -110,21 +110,37 @@ def test_what_an_optimizer_counts_in_its_groups_is_kept() -> None:
     assert [group["k"] for group in optimizer.param_groups] == [3]
 
 
+HELD = {"alone": lambda inner: inner[0], "list": list, "tuple": tuple, "dict": lambda inner: dict(enumerate(inner))}
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_an_optimizer_that_steps_by_another_one_counts_once(scale: float) -> None:
-    """As ZeroRedundancyOptimizer does: both steps have hooks, and the inner groups are compared with the outer ones."""
+@pytest.mark.parametrize("own", [True, False], ids=["own parameters", "none of its own"])
+@pytest.mark.parametrize("held", HELD)
+def test_an_optimizer_that_steps_by_others_counts_once(held: str, own: bool, scale: float) -> None:
+    """As ZeroRedundancyOptimizer and pairs of optimizers do: all steps have hooks, and only one of them counts for a
+    weight. The inner groups are compared with the outer ones.
+    """
+
+    steps: list[list[torch.optim.SGD]] = []  # the inner ones, where nothing finds them
 
     class Outer(torch.optim.Optimizer):
         def __init__(self, params, **more: float) -> None:
-            super().__init__(params, more)
-            self.inner = torch.optim.SGD([{**group} for group in self.param_groups], **more)
+            params = [[p for p in params if (p.dim() > 1) == wide] for wide in (True, False)]
+            params = [[p for part in params for p in part]] if held == "alone" else params
+            super().__init__([{"params": p} for p in params] if own else [torch.zeros(1)], more)
+            steps.append([torch.optim.SGD(p, **more) for p in params])
+            self.steps_by = HELD[held](steps[0])
 
         def step(self, closure=None) -> None:
-            assert [len(g["params"]) for g in self.param_groups] == [len(g["params"]) for g in self.inner.param_groups]
-            self.inner.step(closure)
+            if own:
+                inner = [len(group["params"]) for optimizer in steps[0] for group in optimizer.param_groups]
+                assert [len(group["params"]) for group in self.param_groups] == inner
+            for optimizer in steps[0]:
+                optimizer.step(closure)
 
     model = Stack(MLP())
-    run, optimizer = compiled(model, lr_scale=scale, decay=0.5, refresh_every=2), Outer(model.parameters(), lr=1e-2)
+    params = [*model.parameters()]
+    run, optimizer = compiled(model, lr_scale=scale, decay=0.5, refresh_every=2), Outer(params, lr=1e-2)
     weight, session = model.blocks[0].up.weight, sparse24.session(model)
     for step in (1, 2, 3):
         run(torch.randn(4, 64)).square().mean().backward()
@@ -132,8 +148,9 @@ def test_an_optimizer_that_steps_by_another_one_counts_once(scale: float) -> Non
         expected = weight.detach() - scale * 1e-2 * (weight.grad + 0.5 * pruned)
         optimizer.step()
         assert torch.allclose(weight, expected, atol=1e-6) and session.step == step
-        assert optimizer.inner.param_groups[0]["lr"] == 1e-2 and len(optimizer.inner.param_groups) == 1
-        optimizer.zero_grad()
+        for inner in steps[0]:
+            assert inner.param_groups[0]["lr"] == 1e-2 and len(inner.param_groups) == 1
+        model.zero_grad()
 
 
 def test_the_decay_on_weights_follows() -> None:
