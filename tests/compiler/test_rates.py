@@ -113,9 +113,10 @@ def test_what_an_optimizer_counts_in_its_groups_is_kept() -> None:
 HELD = {"alone": lambda inner: inner[0], "list": list, "tuple": tuple, "dict": lambda inner: dict(enumerate(inner))}
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("own", [True, False], ids=["own parameters", "none of its own"])
-@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize(
+    ("held", "own", "scale"),
+    [("alone", True, 1.0), *((held, own, 2.0) for held in HELD for own in (True, False))],
+)
 def test_an_optimizer_that_steps_by_others_counts_once(held: str, own: bool, scale: float) -> None:
     """As ZeroRedundancyOptimizer and pairs of optimizers do: all steps have hooks, and only one of them counts for a
     weight. The inner groups are compared with the outer ones.
