@@ -34,7 +34,7 @@ test: $(STAMP)
 # On a machine with a GPU, in the environment that is active there. Each test is named in the log as soon as it ends.
 test-gpu:
 	mkdir -p benchmarks/results
-	OMP_NUM_THREADS=1 python -m pytest -v -n $${WORKERS:-8} --dist loadgroup --durations=10 --tb=short -W ignore tests/gpu $(ARGS) 2>&1 | tee benchmarks/results/gpu_tests.log
+	OMP_NUM_THREADS=1 python -m pytest -v -n $${WORKERS:-8} --dist loadgroup --durations=10 --tb=short -W ignore tests/gpu $(ARGS) 2>&1 | sed -u -E 's#$(CURDIR)#.#; s# -- /.*/# -- #' | tee benchmarks/results/gpu_tests.log
 
 # NVIDIA's compute-sanitizer over the Triton kernels and cuSPARSELt: out-of-bounds and misaligned accesses. Minutes.
 sanitize:

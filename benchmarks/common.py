@@ -48,6 +48,11 @@ def code() -> str:
     return digest.hexdigest()[:16]
 
 
+def command() -> str:
+    """As given in the repository's folder, wherever that is."""
+    return " ".join(["python", sys.argv[0].removeprefix(f"{RESULTS.parents[1]}/"), *sys.argv[1:]])
+
+
 def environment() -> dict[str, Any]:
     """GPU, clocks, processor, versions, sources, date and the command: every result carries them."""
     import triton
@@ -64,7 +69,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "code": code(),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
     }
 
 

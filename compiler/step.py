@@ -7,7 +7,7 @@ the dense phase, and S-STE's). A step that a GradScaler skips, or a weight that 
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -60,17 +60,18 @@ def _weights_of(optimizer: Optimizer) -> list[tuple[SparseWeight, dict[str, Any]
     return found
 
 
+def _several(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 def _held(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers that one steps by, as ZeroRedundancyOptimizer does: attributes of it, alone or in a list, tuple or
     dict, with parameters of its own groups. Its step is the one that counts.
     """
-    found: list[Optimizer] = []
-    for name, value in vars(optimizer).items():
-        if name not in ("state", "param_groups", "defaults"):
-            values = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-            )
-            found += [held for held in values if isinstance(held, Optimizer)]
+    attributes = [value for name, value in vars(optimizer).items() if name != "state"]  # which has one a parameter
+    found = [held for value in attributes for held in _several(value) if isinstance(held, Optimizer)]
     if not found:
         return found
     own = {id(param) for group in optimizer.param_groups for param in group["params"]}

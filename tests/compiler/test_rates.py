@@ -121,22 +121,21 @@ def test_an_optimizer_that_steps_by_others_counts_once(held: str, own: bool, sca
     """As ZeroRedundancyOptimizer and pairs of optimizers do: all steps have hooks, and only one of them counts for a
     weight. The inner groups are compared with the outer ones.
     """
-
-    steps: list[list[torch.optim.SGD]] = []  # the inner ones, where nothing finds them
+    inner: list[torch.optim.SGD] = []  # no attribute: the outer one holds them as `held` says
 
     class Outer(torch.optim.Optimizer):
         def __init__(self, params, **more: float) -> None:
             params = [[p for p in params if (p.dim() > 1) == wide] for wide in (True, False)]
             params = [[p for part in params for p in part]] if held == "alone" else params
             super().__init__([{"params": p} for p in params] if own else [torch.zeros(1)], more)
-            steps.append([torch.optim.SGD(p, **more) for p in params])
-            self.steps_by = HELD[held](steps[0])
+            inner.extend(torch.optim.SGD(p, **more) for p in params)
+            self.steps_by = HELD[held](inner)
 
         def step(self, closure=None) -> None:
             if own:
-                inner = [len(group["params"]) for optimizer in steps[0] for group in optimizer.param_groups]
-                assert [len(group["params"]) for group in self.param_groups] == inner
-            for optimizer in steps[0]:
+                groups = [group for optimizer in inner for group in optimizer.param_groups]
+                assert [len(group["params"]) for group in self.param_groups] == [len(g["params"]) for g in groups]
+            for optimizer in inner:
                 optimizer.step(closure)
 
     model = Stack(MLP())
@@ -149,8 +148,8 @@ def test_an_optimizer_that_steps_by_others_counts_once(held: str, own: bool, sca
         expected = weight.detach() - scale * 1e-2 * (weight.grad + 0.5 * pruned)
         optimizer.step()
         assert torch.allclose(weight, expected, atol=1e-6) and session.step == step
-        for inner in steps[0]:
-            assert inner.param_groups[0]["lr"] == 1e-2 and len(inner.param_groups) == 1
+        for one in inner:
+            assert one.param_groups[0]["lr"] == 1e-2 and len(one.param_groups) == 1
         model.zero_grad()
 
 
