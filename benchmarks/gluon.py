@@ -99,6 +99,8 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "bare": NO_LOADS | NO_STORES | NO_METADATA,
 }
 ABLATED = ("128x256", "256x192")
+#: Modules of the kernel that ablations change, each before those that import it.
+HOPPER = ("gluon_loads", "gluon_wgmma_kernel", "gluon_wgmma")
 
 
 def bound(name: str) -> float | None:
@@ -110,28 +112,34 @@ def bound(name: str) -> float | None:
     return 2 * tensor_cores / (tensor_cores + 2 * rows + 2 * columns)
 
 
-def source(ablation: str) -> str:
-    """gluon_wgmma.py of the installed package without a part of its work."""
-    found = importlib.util.find_spec("sparse24.kernels.gluon_wgmma")
-    assert found is not None and found.origin is not None
-    text = Path(found.origin).read_text()
+def source(ablation: str) -> dict[str, str]:
+    """The modules of the Hopper kernel without a part of its work, by new names."""
+    texts = {}
+    for name in HOPPER:
+        found = importlib.util.find_spec(f"sparse24.kernels.{name}")
+        assert found is not None and found.origin is not None
+        texts[name] = Path(found.origin).read_text()
     for old, new in ABLATIONS[ablation].items():
-        if old not in text:
-            raise ValueError(f"{ablation}: gluon_wgmma.py has no {old!r} to change")
-        text = text.replace(old, new)
-    return text
+        if not any(old in text for text in texts.values()):
+            raise ValueError(f"{ablation}: none of {', '.join(HOPPER)} has {old!r} to change")
+        texts = {name: text.replace(old, new) for name, text in texts.items()}
+    renamed = {name: f"{name}_{ablation.replace('-', '_')}" for name in HOPPER}
+    for name in HOPPER:
+        texts = {n: text.replace(f"from .{name} import", f"from .{renamed[name]} import") for n, text in texts.items()}
+    return {renamed[name]: text for name, text in texts.items()}
 
 
 @functools.cache
 def ablated(ablation: str) -> ModuleType:
     folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name, f"gluon_{ablation.replace('-', '_')}.py")
-    path.write_text(source(ablation))
-    spec = importlib.util.spec_from_file_location(f"sparse24.kernels.{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    for name, text in source(ablation).items():
+        path = Path(folder.name, f"{name}.py")
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(f"sparse24.kernels.{name}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
     module.__dict__["folder"] = folder  # kept as long as the module
     return module
 

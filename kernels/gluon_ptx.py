@@ -1,8 +1,14 @@
-"""The inline PTX of `gluon_wgmma`: what Gluon has no words for."""
+"""The Hopper kernel's matrix instruction as inline PTX, for which Gluon has no words, and what it takes."""
 
-from .gluon_common import constexpr_function
+# mypy: disable-error-code="no-redef"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .gluon_common import BY_THREAD, constexpr_function
 
 SLOT_BYTES = 8192  # of shared memory: 64 x 64 entries of 16 bits
+SLOT = gl.constexpr(SLOT_BYTES)
 
 
 @constexpr_function
@@ -103,3 +109,50 @@ def await_asm():
         @p bra again;
         mov.b32 $0, v;
     }"""
+
+
+@gluon.jit
+def mma(
+    acc,
+    a,
+    b,
+    meta,
+    HALF: gl.constexpr,
+    MB: gl.constexpr,
+    BN: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    REGISTER_A: gl.constexpr,
+    DTYPE: gl.constexpr,
+):
+    ADDRESSES: gl.constexpr = BY_THREAD and not REGISTER_A
+    ASM: gl.constexpr = mma_asm(MB, BN, HALF, TRANSPOSED, REGISTER_A, DTYPE, ADDRESSES)
+    CONSTRAINTS: gl.constexpr = mma_constraints(MB, BN, REGISTER_A, ADDRESSES)
+    if ADDRESSES:
+        return gl.inline_asm(ASM, CONSTRAINTS, (b,) + a + meta + acc, repeated(acc[0].type, MB * BN // 64), False)
+    else:
+        return gl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, (b,) + a + meta + acc, repeated(gl.float32, MB * BN // 64), False, 32
+        )
+
+
+@gluon.jit
+def whereabouts(arena, slot, REGISTER_A: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where a slot of shared memory is, for `mma`."""
+    if BY_THREAD and not REGISTER_A:
+        return arena.index(slot)
+    else:
+        return gl.full([1, 1, 1, 1], slot * SLOT, gl.int32, LAYOUT)
+
+
+@gluon.jit
+def fragments(slot, LAYOUT: gl.constexpr):
+    """A slot of the packed operand as the registers that the instruction takes: 16 a thread, 4 for each 32 columns."""
+    ROWS: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [8, 0], [0, 8], [0, 16], [0, 32]],
+        [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 64],
+    )
+    v = slot.load(ROWS).reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([8, 4, 32, 4])
+    return gl.convert_layout(v, LAYOUT, assert_trivial=True)

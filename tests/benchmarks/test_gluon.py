@@ -32,10 +32,20 @@ def test_it_says_that_it_needs_a_gpu():
 
 
 def test_each_ablation_finds_what_it_leaves_out(gluon):
-    sources = {name: gluon.source(name) for name in gluon.ABLATIONS}
-    assert len(set(sources.values())) == len(sources)
-    for text in sources.values():
-        compile(text, "gluon_wgmma.py", "exec")
+    found = set()
+    for ablation in gluon.ABLATIONS:
+        texts = gluon.source(ablation)
+        found.add("".join(texts.values()).replace(f"_{ablation.replace('-', '_')} import", " import"))
+        for name, text in texts.items():
+            compile(text, f"{name}.py", "exec")
+            assert name.endswith(ablation.replace("-", "_"))
+    assert len(found) == len(gluon.ABLATIONS)
+
+
+def test_an_ablation_is_a_kernel_of_its_own(gluon):
+    pytest.importorskip("triton")
+    module = gluon.ablated("no-loads")
+    assert module.kernel.fn.__module__ == "sparse24.kernels.gluon_wgmma_kernel_no_loads"
 
 
 def test_the_variants_of_the_package_are_among_those_measured(gluon):
