@@ -325,14 +325,31 @@ def test_the_report_pairs_runs_by_seed_and_judges_claims_and_order(tmp_path: Pat
         saved(tmp_path, "dense-third", seed, base * (1.003 if seed == 0 else 1.0028), 4.0, shared=True)
     text = reported(module, tmp_path)
     assert "| +0.0080 ± 0.0000 (+0.30 ± 0.14%) |" in text
-    assert "the loss of FST is +0.30% from that of dense: the claim of 0.5% holds" in text
+    assert "the loss of FST is +0.30 ± 0.14% from that of dense: the claim of 0.5% holds" in text
+    row = "| GPT decoder, next token, about 20M parameters | 3.0000 | {} |  |  |  |  | +0.10 ± 0.00 |"
+    assert row.format("**+0.30 ± 0.14**") in text
     assert "| +0.0006 ± 0.0037 (-0.01 ± 0.13%) | in 1 of 2 seeds |" in text
     assert "dense (+0.0000), half (+0.0030), fst (+0.0080), fst-sparse-end (+0.0300)" in text
     assert "DIFFERS in 1 of 2 pairs: fst is not better than half (+0.0050, better in 0 of 2 seeds)" in text
     assert "Seed 0: the steps of FST take 0.500 times as long" in text
     assert "at equal time (4 s) it is at 2.0080 and dense at 3.0000" in text
     saved(tmp_path, "fst", 0, 2.1, 4.0)
-    assert "the claim of 0.5% DOES NOT HOLD" in reported(module, tmp_path)
+    text = reported(module, tmp_path)
+    assert "the claim of 0.5% DOES NOT HOLD" in text and row.format("+2.60 ± 3.39") in text
+
+
+def test_where_the_least_loss_is_known_the_claim_is_of_accuracy(module: Any) -> None:
+    def run(arm: str, accuracy: float) -> dict[str, Any]:
+        return {
+            "settings": {"arm": arm, "seed": 0},
+            "data": {"least_loss": 0.0},
+            "error": None,
+            "held_out": [[4, 1.0, 9.0, accuracy]],
+        }
+
+    results = {"dense": [run("dense", 0.8)], "fst": [run("fst", 0.798)], "fst-lr": [run("fst-lr", 0.792)]}
+    *_, row, _ = module("report").summary({("vit", "small", 5e-4): results, ("vit", "small", 1e-3): results})
+    assert row == "| ViT classifier, about 20M parameters | 0.8000 | **-0.25** | -1.00 |  |  |  |  |"
 
 
 def test_the_report_says_what_a_mask_search_costs_at_once(module: Any) -> None:
@@ -421,17 +438,21 @@ def test_shared_runs_have_no_times_in_the_report(tmp_path: Path, module: Any) ->
     assert "gpt_small_time.svg" in text and "equal time" in text and "| 77 |" in text
 
 
-def test_no_saved_run_is_called_an_explosion_of_flips(module: Any) -> None:
+def test_of_the_saved_runs_the_one_that_lost_by_its_flips_is_called_an_explosion(module: Any) -> None:
     """What the constants of FlipWatch rest on."""
     training, arms = module("training"), module("arms")
-    files = [json.loads(path.read_text()) for path in (QUALITY.parent / "results" / "quality").glob("*_[0-9]_*.json")]
-    assert len(files) > 15
-    for file in files:
+    paths = sorted((QUALITY.parent / "results" / "quality").glob("*_[0-9]_*.json"))
+    assert len(paths) > 15
+    called = set()
+    for path in paths:
+        file = json.loads(path.read_text())
         settings, watch = file["settings"], FlipWatch()
         arm = arms.arms(1.0, settings["steps"], 40)[settings["arm"]]
         for step, rate in file["flips"]:
             lr = training.lr_factor(argparse.Namespace(**settings), int(step) - 1)
-            assert watch.observe(rate, lr, arm.options_at(int(step) - 1).get("refresh_every", 40)) is None
+            if watch.observe(rate, lr, arm.options_at(int(step) - 1).get("refresh_every", 40)) is not None:
+                called.add(path.stem)
+    assert called == {"translation_small_0_ste"}
 
 
 @pytest.mark.parametrize("script", ["run", "report", "plan"])
