@@ -366,7 +366,7 @@ def test_the_report_says_what_a_mask_search_costs_at_once(module: Any) -> None:
         """Twice what dense has there; more right behind a search, and far more in the first fifth and the dense end."""
         return {s: 2.0 + (behind if s % 200 == 0 else 0.0) + 50.0 * (s < 150 or s > 900) for s in range(50, 1001, 50)}
 
-    report = module("report")
+    claims = module("claims")
     results = {
         "dense": [run("dense", dict.fromkeys(range(50, 1001, 50), 1.0), dense_after=0)],
         "fst": [run("fst", losses(0.02), dense_after=900)],
@@ -374,15 +374,15 @@ def test_the_report_says_what_a_mask_search_costs_at_once(module: Any) -> None:
         "s-ste": [run("s-ste", losses(0.5), dense_after=None, recipe="s-ste")],
         "half": [run("half", losses(0.5), dense_after=0)],
     }
-    said, ends = report.behind_searches(results)
+    said, ends = claims.behind_searches(results)
     assert said.endswith("to the dense end: ste +1.00, fst +2.00.")
     assert "in percent over dense: ste +5100.00." in ends  # at 950
-    assert report.rises_of(results["fst"][0], results["dense"][0]) == pytest.approx([2.0] * 4)  # at 200, 400, 600, 800
+    assert claims.rises_of(results["fst"][0], results["dense"][0]) == pytest.approx([2.0] * 4)  # at 200, 400, 600, 800
     everywhere = {arm: [{**runs[0], "held_out": runs[0]["held_out"][3::4]}] for arm, runs in results.items()}
-    assert report.behind_searches(everywhere) == []  # all evaluations came right behind a search
+    assert claims.behind_searches(everywhere) == []  # all evaluations came right behind a search
     results["fst"][0]["data"]["least_loss"] = 0.0
-    assert "fst" not in report.behind_searches(results)[0]
-    assert report.behind_searches({"fst": results["fst"]}) == []
+    assert "fst" not in claims.behind_searches(results)[0]
+    assert claims.behind_searches({"fst": results["fst"]}) == []
 
 
 def test_runs_at_another_learning_rate_have_a_section_of_their_own(tmp_path: Path, module: Any) -> None:
