@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..passes.find import Linear
-from .backend import read
+from .decide import read
 from .export import plain_copy
 from .recipe import Recipe
 

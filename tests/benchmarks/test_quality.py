@@ -198,14 +198,14 @@ def test_an_arm_compiles_no_more_graphs_than_it_has(
     """Evaluation adds none; the weight gradient of another kind, and the dense end, one each."""
     from sparse24.compiler import backend
 
-    inner = backend._compile_inner
+    inner = backend.compile_inner
     compiled = []
 
     def counted(*args: Any) -> Any:
         compiled.append(args)
         return inner(*args)
 
-    monkeypatch.setattr(backend, "_compile_inner", counted)
+    monkeypatch.setattr(backend, "compile_inner", counted)
     module("run").main(tiny("vit", tmp_path, tmp_path, "--arms", arm, "--steps", "12", "--decay", "1e-2"))
     assert len(compiled) == count
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 import sparse24
-from sparse24.compiler import backend, weights
+from sparse24.compiler import backend, decide, weights
 from sparse24.kernels import choice, layout
 from sparse24.kernels.providers import Problem
 
@@ -114,7 +114,7 @@ def test_speed_is_measured_for_the_merged_matmul_and_decides(monkeypatch) -> Non
         asked.append((layer.rows, layer.cols, layer.tokens))
         return Gain(sparse_ms=1.0, dense_ms=2.0 if layer.rows == 256 else 0.5, wgrad="dense")
 
-    monkeypatch.setattr(backend, "gain", gain)
+    monkeypatch.setattr(decide, "gain", gain)
     model = Stack(SwiGLU())
     compiled(model, wgrad="mvue")(torch.randn(2, 5, 64))
     assert sorted(asked) == [(64, 128, 10), (256, 64, 10), (256, 64, 10)]
@@ -124,7 +124,7 @@ def test_speed_is_measured_for_the_merged_matmul_and_decides(monkeypatch) -> Non
     assert found["blocks.0.up.weight"].wgrad == "dense"
     state = sparse24.session(model).state_dict()
     monkeypatch.setattr(
-        backend, "gain", lambda *args: Gain(1.0, 9.0, "mvue")
+        decide, "gain", lambda *args: Gain(1.0, 9.0, "mvue")
     )  # elsewhere all would gain: kept as it was
     other = Stack(SwiGLU())
     sparse24.session(other).load_state_dict(state)
@@ -285,7 +285,7 @@ def test_every_packed_form_that_is_multiplied_has_room_behind_it(recipe: str, mo
 def test_the_compiler_behind_runs_before_weights_are_packed_and_sees_operands_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, real, seen = Stack(MLP(), SwiGLU()).bfloat16(), backend._compile_inner, []
+    model, real, seen = Stack(MLP(), SwiGLU()).bfloat16(), backend.compile_inner, []
 
     def noting(gm: torch.fx.GraphModule, inputs: list, *args: object) -> object:
         known = [weights.get(p) for p in model.parameters()]
@@ -305,7 +305,7 @@ def test_the_compiler_behind_runs_before_weights_are_packed_and_sees_operands_al
         return call(variant, args, known)
 
     call = backend.Variant.__call__
-    monkeypatch.setattr(backend, "_compile_inner", noting)
+    monkeypatch.setattr(backend, "compile_inner", noting)
     monkeypatch.setattr(backend.Variant, "__call__", running)
     torch._dynamo.reset()
     run = torch.compile(model, backend="sparse24", options={"inner": "aot_eager"})

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import sparse24
-from sparse24.compiler import backend, weights
+from sparse24.compiler import decide, weights
 from sparse24.compiler.explain import NOT_CALLED, NOT_TRACED
 from sparse24.kernels import choice, cost, providers
 from sparse24.kernels.gain import Gain, Layer
@@ -331,7 +331,7 @@ def test_of_a_gpu_the_times_are_those_that_were_measured(monkeypatch: pytest.Mon
 def test_what_measuring_decides_explain_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "why_slow", lambda *_: None)
     monkeypatch.setattr(
-        backend, "gain", lambda layer: Gain(1.0, 2.0, "dense") if layer.rows == 256 else Gain(2.0, 1.0, "dense")
+        decide, "gain", lambda layer: Gain(1.0, 2.0, "dense") if layer.rows == 256 else Gain(2.0, 1.0, "dense")
     )
     model, x = SwiGLU(), torch.randn(4, 64)
     report = sparse24.explain(model, x)

@@ -187,10 +187,10 @@ def test_reduce_overhead_trains_sparse_in_cuda_graphs(monkeypatch) -> None:
     """mode= goes to Inductor: graphs are recorded and none is skipped; operands are inputs that stay in place."""
     from torch._dynamo.utils import counters
 
-    from sparse24.compiler import backend
+    from sparse24.compiler import decide
     from sparse24.kernels.gain import Gain
 
-    monkeypatch.setattr(backend, "gain", lambda *args: Gain(1.0, 2.0, "mvue"))  # these layers are too small to gain
+    monkeypatch.setattr(decide, "gain", lambda *args: Gain(1.0, 2.0, "mvue"))  # these layers are too small to gain
     counters.clear()
     model = Stack(MLP(D, 1024), SwiGLU(D, 704), d=D).cuda().bfloat16()
     run = torch.compile(model, backend="sparse24", mode="reduce-overhead", fullgraph=True)
