@@ -49,7 +49,7 @@ def clock() -> Clock:
     found = Clock()
     found.on("matmuls measured", choice, "measure")
     found.on("waited for kernels", ahead, "wait")
-    found.on("compiler behind", backend, "_compile_inner")
+    found.on("compiler behind", backend, "compile_inner")
     try:
         from triton.runtime.jit import JITFunction
     except ImportError:
