@@ -260,6 +260,17 @@ def gluon(saved: Row) -> str:
     return made + made_by(saved["environment"])
 
 
+def gluon_backward(saved: Row) -> str:
+    """A dgrad with the activation's backward and the pruning of its result behind it: ms of two kernels and of one."""
+    cells = []
+    for row in saved["rows"]:
+        if "ms" in row:
+            times = [row["ms"][way]["p50"] for way in ("two", "128x256 all", "128x256 no pruning")]
+            cells.append([f"{row['d']} x {row['f']}", *(f"{ms:.2f}" for ms in times)])
+    header = "in x out | cuSPARSELt, then `glu_backward_pack` | one kernel | one kernel, without the pruning"
+    return markdown(header, cells) + where(saved["environment"])
+
+
 def gluon_variants(saved: Row) -> str:
     """Each variant on the first shape, and what leaving out a part of the work saves there."""
     problems = _problems(saved["rows"])
@@ -333,6 +344,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "memory": _of("memory", memory),
     "compile_time": _of("compile_time", compile_time),
     "gluon": _of("gluon", gluon),
+    "gluon_backward": _of("gluon", gluon_backward, "gluon_backward.json"),
     "gluon_steps": _of("step", steps, "gluon_step.json"),
     "gluon_variants": _of("gluon", gluon_variants, "gluon_variants.json", " --ablations"),
     "families": _of("models", families, "models*.json"),

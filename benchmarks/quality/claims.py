@@ -1,12 +1,25 @@
 """What the saved results say in sentences: whether the claims hold, who is ahead, what a mask search costs."""
 
 from itertools import product
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from arms import ABLATIONS
 from curves import Results
-from saved import CLAIM, FST, JUDGED, Of, alone, by_loss_of, finished, holds, of_one_seed, pairs, ratios, timed_pairs
+from saved import (
+    CLAIM,
+    JUDGED,
+    Of,
+    alone,
+    by_loss_of,
+    finished,
+    holds,
+    of_one_seed,
+    pairs,
+    ratios,
+    timed_pairs,
+    with_spread,
+)
 
 #: (better, worse): what arXiv 2404.01847 says of the parts of the method.
 ORDER = (
@@ -27,12 +40,11 @@ def claims(results: Results) -> list[str]:
         found = ratios(results, arm)
         if found:
             what = "loss" if by_loss else "accuracy"
-            spread = f" ± {stdev(found):.2f}" if len(found) > 1 else ""
             said.append(
-                f"At equal steps the {what} of {name} is {mean(found):+.2f}{spread}% from that of "
+                f"At equal steps the {what} of {name} is {with_spread(found, 2)}% from that of "
                 f"dense: the claim of {100 * CLAIM:g}% {'holds' if holds(results, found) else 'DOES NOT HOLD'}."
             )
-            alike = pairs(results, arm, "dense-lr", 2 if by_loss else 3) if arm in FST and arm != "fst" else []
+            alike = pairs(results, arm, "dense-lr", 2 if by_loss else 3) if arm != "fst" else []
             if alike:
                 ratio = mean(number / base - 1 for number, base in alike)
                 said.append(f"The {what} of {name} is {100 * ratio:+.2f}% from that of dense with the same rates.")
@@ -77,7 +89,7 @@ def learning_rates(found: dict[Of, Any], family: str, scale: str) -> list[str]:
 def at_equal_time(results: Results) -> list[str]:
     """Sentences: who is ahead where both have come to the end of their schedules in about the same time."""
     said = []
-    for arm, name in FST.items():
+    for arm, name in JUDGED.items():
         for run, dense in product(alone(results.get(arm, [])), alone(results.get("dense-short", []))):
             if any(dense["settings"][what] != run["settings"][what] for what in ("device", "seed")):
                 continue

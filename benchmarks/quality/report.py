@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from arms import ABLATIONS, TRIALS
 from claims import at_equal_time, behind_searches, claims, learning_rates
@@ -34,6 +34,7 @@ from saved import (
     load,
     pairs,
     ratios,
+    with_spread,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -60,9 +61,8 @@ def row(arm: str, results: Results, with_hits: bool) -> list[str]:
     if failed:
         at = runs[0]["losses"][-1][0] if runs[0]["losses"] else 0
         return [MEANING[arm], decay, f"NaN after step {at}", *[""] * (3 + with_hits), "", str(len(runs))]
-    losses = [run["held_out"][-1][2] for run in runs]
-    spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-    cells = [MEANING[arm], decay, f"{mean(losses):.4f}{spread}", "" if arm == "dense" else over(results, arm, "dense")]
+    losses = with_spread([run["held_out"][-1][2] for run in runs], 4, "")
+    cells = [MEANING[arm], decay, losses, "" if arm == "dense" else over(results, arm, "dense")]
     if with_hits:
         cells.append(f"{mean(run['held_out'][-1][3] for run in runs):.4f}")
     rates = [rate for _, rate in runs[0]["flips"]]
@@ -73,17 +73,12 @@ def row(arm: str, results: Results, with_hits: bool) -> list[str]:
 
 def over(results: Results, arm: str, base: str) -> str:
     """Mean and standard deviation over seeds of what an arm loses against another one of the same seed."""
-
-    def number(values: list[float], digits: int) -> str:
-        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{mean(values):+.{digits}f}{spread}"
-
     found = pairs(results, arm, base)
     if not found:
         return ""
-    text = number([loss - other for loss, other in found], 4)
-    if "least_loss" not in results[arm][0]["data"]:  # where that is near 0 a ratio says nothing
-        text += f" ({number([100 * (loss / other - 1) for loss, other in found], 2)}%)"
+    text = with_spread([loss - other for loss, other in found], 4)
+    if by_loss_of(results):  # where the least loss is near 0 a ratio says nothing
+        text += f" ({with_spread([100 * (loss / other - 1) for loss, other in found], 2)}%)"
     return text
 
 
@@ -128,7 +123,7 @@ def summary(found: dict[Of, Results]) -> list[str]:
         cells.append(f"{mean(run['held_out'][-1][2 if by_loss else 3] for run in runs):.4f}")
         for arm in columns:
             values = ratios(results, arm)
-            text = f"{mean(values):+.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") if values else ""
+            text = with_spread(values, 2) if values else ""
             cells.append(f"**{text}**" if values and arm in JUDGED and holds(results, values) else text)
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]

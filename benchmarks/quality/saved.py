@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from arms import ARMS, LR_SCALE, TOO_LARGE
@@ -123,6 +123,12 @@ def pairs(results: Results, arm: str, base: str, column: int = 2) -> list[tuple[
     """(final number of the arm, of the base) of the seeds that both have; column 2: held-out loss, 3: accuracy."""
     both = of_one_seed(finished(results, arm), finished(results, base))
     return [(run["held_out"][-1][column], other["held_out"][-1][column]) for run, other in both]
+
+
+def with_spread(values: Sequence[float], digits: int, sign: str = "+") -> str:
+    """Their mean, and behind ± their standard deviation where there are several."""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.{digits}f}{spread}"
 
 
 def by_loss_of(results: Results) -> bool:

@@ -19,7 +19,7 @@ def kernel(out, n):
 """
 
 
-def handed_on(statement: ast.stmt) -> set[tuple[str, str]]:
+def handed_on(statement: ast.AST) -> set[tuple[str, str]]:
     """(x, y) of what an assignment x = y hands on by name, be it in a tuple."""
     if not isinstance(statement, ast.Assign):
         return set()
@@ -44,7 +44,7 @@ def taken_for_constant(source: str) -> list[str]:
                 within = {pair for inner in statement.body for s in ast.walk(inner) for pair in handed_on(s)}
                 found += [f"{function.name}: {x} = {y}, line {statement.lineno}" for x, y in sorted(within & before)]
             else:
-                before |= handed_on(statement) if isinstance(statement, ast.stmt) else set()
+                before |= handed_on(statement)
     return found
 
 
