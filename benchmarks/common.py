@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -127,7 +128,12 @@ def timed(run: Callable[[], Any], n: int) -> float:
 
 
 def in_turns(runs: Mapping[str, Callable[[], Any]], turns: int, n: int, warm_s: float = 2.0) -> dict[str, list[float]]:
-    """ms a call of each, `turns` times n calls in turns after `warm_s` seconds of load: the clock follows the load."""
+    """ms a call of each, `turns` times n calls in turns after `warm_s` seconds of load: the clock follows the load.
+
+    Each turn has its own order: at the power limit a clock is also that of what ran before, and the same machine code
+    in two places of one order was timed 5% apart (gluon_metadata_ahead.json).
+    """
+    shuffle = random.Random(0).shuffle
     began = time.perf_counter()
     while True:
         for run in runs.values():
@@ -135,9 +141,11 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], turns: int, n: int, warm_s: 
         if time.perf_counter() - began > warm_s:
             break
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
     for _ in range(turns):
-        for name, run in runs.items():
-            times[name].append(timed(run, n))
+        shuffle(order)
+        for name in order:
+            times[name].append(timed(runs[name], n))
     return times
 
 

@@ -111,7 +111,7 @@ def main() -> None:
                 continue
             problem, packed, x, runs = make(*((f, k) if name == "dgrad" else (k, f)), tokens, device)
             chosen = choice.choose(problem)
-            times = in_turns(runs, 5, 2 if args.tiny else 20, 0.0 if args.tiny else 2.0)
+            times = in_turns(runs, 6, 2 if args.tiny else 20, 0.0 if args.tiny else 2.0)
             found = []
             dense = percentiles(times["dense"])["p50"]
             for provider, run in runs.items():

@@ -282,7 +282,7 @@ def replayed(runs: dict[str, Callable[[], Any]], n: int) -> dict[str, list[float
             for _ in range(n):
                 run()
         graphs[name] = graph.replay
-    return {name: [ms / n for ms in times] for name, times in in_turns(graphs, 5, 1).items()}
+    return {name: [ms / n for ms in times] for name, times in in_turns(graphs, 20, 1).items()}
 
 
 def time_(names: list[str], problems: list[list[Any]], tokens: int, until: float) -> None:
