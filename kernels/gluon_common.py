@@ -7,11 +7,10 @@ this module may fail, and `gluon` then says why instead of a kernel.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of the warps of this partition
 cp_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 constexpr_function = gluon.constexpr_function
 #: From Triton 3.9 on, inline PTX runs once a thread, and takes the addresses of shared memory.
@@ -35,15 +34,6 @@ def along(n: gl.constexpr, dim: gl.constexpr, layout: gl.constexpr, RANK: gl.con
         if i != dim:
             x = gl.expand_dims(x, i)
     return x
-
-
-@gluon.jit
-def make_barriers(n: gl.constexpr, arrivals: gl.constexpr):
-    """`n` mbarriers, each of `arrivals` arrivals."""
-    bars = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(n):
-        mbarrier.init(bars.index(s), count=arrivals)
-    return bars
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""What the Hopper kernel works on, and how it gets there: the parts of tiles that a program takes, the warp that loads
+"""What the Hopper kernel works on, and how it gets there: the parts of tiles that a program takes, the warps that load
 them by TMA, and the metadata, which go straight into registers.
 """
 
@@ -7,30 +7,42 @@ them by TMA, and the metadata, which go straight into registers.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_common import advance, along, tile_of, tma_load
-from .gluon_ptx import SLOT, nibbles_asm
+from .gluon_common import advance, along, constexpr_function, tile_of
+from .gluon_ptx import (
+    SLOT,
+    address_of,
+    bring_asm,
+    bring_constraints,
+    meet,
+    nibbles_asm,
+    rank_of,
+    threads,
+    until,
+)
 
 WARPGROUPS = 2  # that multiply: of three, each would have too few registers for 256 columns
 WGS = gl.constexpr(WARPGROUPS)
 
 
 @gluon.jit
-def parts_of(size):
-    """How many parts this program works on: whole tiles first, then parts of the last ones."""
+def parts_of(size, CLUSTER: gl.constexpr):
+    """How many parts this program works on: whole tiles first, then parts of the last ones. A cluster works as one, on
+    tiles of CLUSTER times the rows.
+    """
     rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
-    return gl.cdiv(whole + (tiles_m * tiles_n - whole) * cuts - gl.program_id(0), gl.num_programs(0))
+    at, of = gl.program_id(0) // CLUSTER, gl.num_programs(0) // CLUSTER
+    return gl.cdiv(whole + (tiles_m * tiles_n - whole) * cuts - at, of)
 
 
 @gluon.jit
-def work_of(i, size):
+def work_of(i, size, CLUSTER: gl.constexpr):
     """Part i of this program: its tile, its steps from first to last, which of the tile's `cuts` parts it is (-1: all
     of it), and its place among these parts. First come the first parts of all tiles that are cut, then the second ones.
     """
     rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
     cut = gl.maximum(tiles_m * tiles_n - whole, 1)
-    at = gl.program_id(0) + i * gl.num_programs(0)
+    at = gl.program_id(0) // CLUSTER + i * (gl.num_programs(0) // CLUSTER)
     place = gl.maximum(at - whole, 0)
     which = place // cut
     mine = at < whole
@@ -57,45 +69,93 @@ def block_of(tm, r: gl.constexpr, rows, MB: gl.constexpr, GATED: gl.constexpr):
         return tm * (MB * WGS) + r
 
 
+@constexpr_function
+def barriers(NA, NB, CLUSTER):
+    """Arrivals of the mbarriers behind the slots: NA and NB that say that a slot of a ring is full, then those that say
+    that it was read, in a cluster by all.
+    """
+    return (1,) * (NA + NB) + (WARPGROUPS,) * NA + (WARPGROUPS * CLUSTER,) * NB
+
+
 @gluon.jit
-def producer(
-    values,
-    x,
-    ring,
+def bring_packed(
+    arena,
     size,
-    TRANSPOSED: gl.constexpr,
+    PARAMETER: gl.constexpr,
     GATED: gl.constexpr,
     MB: gl.constexpr,
+    NA: gl.constexpr,
+    NB: gl.constexpr,
+    BARS: gl.constexpr,
+    GROUP: gl.constexpr,
+    CLUSTER: gl.constexpr,
+):
+    """A warp that loads the packed operand."""
+    rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
+    SA: gl.constexpr = MB * WGS
+    ASM: gl.constexpr = bring_asm(SA, SA, PARAMETER, 1)
+    CONSTRAINTS: gl.constexpr = bring_constraints(SA)
+    rank, at = rank_of(CLUSTER), address_of(arena) + 0 * threads(32)
+    meet(32, CLUSTER)
+    a, pa = 0, 1
+    for u in range(parts_of(size, CLUSTER)):
+        tile, first, to, _, _ = work_of(u, size, CLUSTER)
+        tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
+        for i in range(first, to):
+            where = ()
+            for r in gl.static_range(SA):
+                where = where + (i * 64, block_of(tm * CLUSTER + rank, r, rows, MB, GATED) * 64)
+            full = at + BARS + 8 * a
+            until(full + 8 * (NA + NB), pa)
+            gl.inline_asm_elementwise(ASM, CONSTRAINTS, (full, at + a * SA * SLOT) + where, gl.int32, False, 1)
+            a, pa = advance(a, pa, NA)
+    meet(32, CLUSTER)
+
+
+@gluon.jit
+def bring_x(
+    arena,
+    size,
+    PARAMETER: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    FIRST: gl.constexpr,
     BN: gl.constexpr,
     NA: gl.constexpr,
     NB: gl.constexpr,
+    BARS: gl.constexpr,
     GROUP: gl.constexpr,
+    CLUSTER: gl.constexpr,
 ):
-    arena, full_a, empty_a, full_b, empty_b = ring
+    """A warp that loads x, in a cluster its part of it for all."""
     rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
-    SA: gl.constexpr = MB * WGS
     SB: gl.constexpr = BN // 64
-    a, pa, b, pb = 0, 1, 0, 1
-    for u in range(parts_of(size)):
-        tile, first, to, _, _ = work_of(u, size)
+    MINE: gl.constexpr = SB // CLUSTER
+    ASM: gl.constexpr = bring_asm(MINE, SB, PARAMETER, CLUSTER)
+    CONSTRAINTS: gl.constexpr = bring_constraints(MINE)
+    rank, at = rank_of(CLUSTER), address_of(arena) + 0 * threads(32)
+    meet(32, CLUSTER)
+    b, pb = 0, 1
+    for u in range(parts_of(size, CLUSTER)):
+        tile, first, to, _, _ = work_of(u, size, CLUSTER)
         tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
-        for i in range(first, to):
-            mbarrier.wait(empty_a.index(a), pa)
-            mbarrier.expect(full_a.index(a), SA * SLOT)
-            for r in gl.static_range(SA):
-                row = block_of(tm, r, rows, MB, GATED) * 64
-                tma_load(values, [row, i * 64], full_a.index(a), arena.index(a * SA + r))
-            a, pa = advance(a, pa, NA)
-            for h in gl.static_range(2):
-                mbarrier.wait(empty_b.index(b), pb)
-                mbarrier.expect(full_b.index(b), SB * SLOT)
-                for r in gl.static_range(SB):
-                    n, k = tn * BN + r * 64, i * 128 + h * 64
-                    if TRANSPOSED:
-                        tma_load(x, [k, n], full_b.index(b), arena.index(NA * SA + b * SB + r))
-                    else:
-                        tma_load(x, [n, k], full_b.index(b), arena.index(NA * SA + b * SB + r))
-                b, pb = advance(b, pb, NB)
+        for i in range(2 * first, 2 * to):
+            where = ()
+            for r in gl.static_range(MINE):
+                n = tn * BN + (rank * MINE + r) * 64
+                where = where + ((n, i * 64) if TRANSPOSED else (i * 64, n))
+            full = at + BARS + 8 * (NA + b)
+            until(full + 8 * (NA + NB), pb)
+            slot = at + (FIRST + b * SB + rank * MINE) * SLOT
+            gl.inline_asm_elementwise(ASM, CONSTRAINTS, (full, slot) + where, gl.int32, False, 1)
+            b, pb = advance(b, pb, NB)
+    meet(32, CLUSTER)
+
+
+@gluon.jit
+def bystander(CLUSTER: gl.constexpr):
+    """Threads without work: a warpgroup has them, and a cluster's barrier waits for them too."""
+    meet(32, CLUSTER)
+    meet(32, CLUSTER)
 
 
 @gluon.jit

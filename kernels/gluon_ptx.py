@@ -1,4 +1,6 @@
-"""The Hopper kernel's matrix instruction as inline PTX, for which Gluon has no words, and what it takes."""
+"""The Hopper kernel's inline PTX, for what Gluon has no words or too many: its matrix instruction, mbarriers, and loads
+by TMA for all programs of a cluster.
+"""
 
 # mypy: disable-error-code="no-redef"
 
@@ -12,20 +14,20 @@ SLOT = gl.constexpr(SLOT_BYTES)
 
 
 @constexpr_function
-def mma_asm(MB, BN, half, transposed, registers, dtype, addresses):
-    """PTX of one warpgroup for 64 columns of the packed operand: 2 * MB instructions, and the wait for them.
+def mma_asm(MB, BN, half, transposed, dtype, addresses):
+    """PTX of one warpgroup for 64 columns of the packed operand: 2 * MB instructions, and behind those of the second
+    half of a step the wait for those of the first.
 
-    Operands, registers of a thread: the results (32 for each 64 columns of a row block); where x is; the packed
-    operand, for each of MB blocks 16 registers of fragments or, if not `registers`, where it is; metadata of MB blocks;
-    the sums so far, tied to the results. half: which 64 of a slot's 128 columns. addresses: places are addresses of
-    shared memory, else byte offsets in it, and each of places and metadata comes 32 times.
+    Operands, registers of a thread: the results (32 for each 64 columns of a row block); where x is; where the packed
+    operand is; metadata of MB blocks; the sums so far, tied to the results. half: which 64 of a slot's 128 columns.
+    addresses: places are addresses of shared memory, else byte offsets in it, and each of places and metadata comes 32
+    times.
     """
     n, times = MB * BN // 2, 1 if addresses else 32
-    b, a = n, n + times
-    meta = a + (16 * MB if registers else times)
+    b, a, meta = n, n + times, n + 2 * times
     high = 1 << 30 | 1024 >> 4  # 128 byte swizzle, 1024 bytes from one block of eight rows to the next
     lines = ["{", ".reg .b32 a, b, base;", ".reg .b64 da, db;", f"mov.u32 base, {'0' if addresses else 'global_smem'};"]
-    for name, operand in (("b", b),) if registers else (("b", b), ("a", a)):
+    for name, operand in (("b", b), ("a", a)):
         address = f"add.u32 {name}, base, ${operand};", f"shr.u32 {name}, {name}, 4;"
         lines += [*address, f"and.b32 {name}, {name}, 0x3FFF;"]
     if transposed:  # x [inner, outer]: blocks of 64 columns are a slot apart
@@ -35,28 +37,23 @@ def mma_asm(MB, BN, half, transposed, registers, dtype, addresses):
         lines += [f"mov.b64 db, {{b, {high}}};"]
         for m in range(MB):
             sums = ", ".join(f"${i}" for i in range(m * BN // 2, (m + 1) * BN // 2))
-            if registers:
-                first = a + 16 * m + 8 * half + 4 * k
-                packed = "{" + ", ".join(f"${i}" for i in range(first, first + 4)) + "}"
-            else:
-                packed = "da"
-                lines += [
-                    f"add.u32 base, a, {m * (SLOT_BYTES >> 4) + 4 * half + 2 * k};",
-                    f"mov.b64 da, {{base, {high}}};",
-                ]
-            operands = f"{{{sums}}}, {packed}, db, ${meta + times * m}, {k}, 1, 1, 1"
-            operands += f", {int(transposed)}" if registers else f", 0, {int(transposed)}"
+            lines += [
+                f"add.u32 base, a, {m * (SLOT_BYTES >> 4) + 4 * half + 2 * k};",
+                f"mov.b64 da, {{base, {high}}};",
+            ]
+            operands = f"{{{sums}}}, da, db, ${meta + times * m}, {k}, 1, 1, 1, 0, {int(transposed)}"
             lines += [f"wgmma.mma_async.sp.sync.aligned.m64n{BN}k32.f32.{dtype}.{dtype} {operands};"]
         lines += [f"add.u32 b, b, {256 if transposed else 4};"]
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
-    return "\n".join(lines)
+    lines += ["wgmma.commit_group.sync.aligned;"]
+    if half == 1:
+        lines += ["wgmma.wait_group.sync.aligned 1;"]
+    return "\n".join([*lines, "}"])
 
 
 @constexpr_function
-def mma_constraints(MB, BN, registers, addresses):
+def mma_constraints(MB, BN, addresses):
     n, times = MB * BN // 2, 1 if addresses else 32
-    inputs = times + (16 * MB if registers else times) + times * MB
-    return ",".join(["=f"] * n + ["r"] * inputs + [str(i) for i in range(n)])
+    return ",".join(["=f"] * n + ["r"] * (times * (2 + MB)) + [str(i) for i in range(n)])
 
 
 @constexpr_function
@@ -83,6 +80,71 @@ def nibbles_asm():
         xor.b32 x, x, s;
         prmt.b32 $0, x, 0, 0x3120;
     }"""
+
+
+@constexpr_function
+def init_asm(counts):
+    """mbarriers from an address on, of so many arrivals each, by the first thread."""
+    inits = [f"@p mbarrier.init.shared::cta.b64 [$1 + {8 * i}], {count};" for i, count in enumerate(counts)]
+    head = ["{ .reg .pred p; .reg .b32 t;", "mov.u32 t, %tid.x;", "setp.eq.u32 p, t, 0;"]
+    return "\n".join([*head, *inits, "fence.mbarrier_init.release.cluster;", "mov.b32 $0, 0; }"])
+
+
+@constexpr_function
+def until_asm():
+    """Until an mbarrier has completed its phase of that parity."""
+    return """{
+        .reg .pred p;
+    again:
+        mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2;
+        @!p bra again;
+        mov.b32 $0, 0;
+    }"""
+
+
+@constexpr_function
+def give_back_asm(cluster):
+    """The first lanes of a warpgroup arrive at an mbarrier, each in one program of the cluster.
+
+    An instruction is done for the whole warpgroup, so one warp that waited speaks for all. Not with .release.cluster,
+    which would wait for all loads of the thread: what was read, tensor cores read.
+    """
+    lines = ["{ .reg .pred p; .reg .b32 i, there;", "mov.u32 i, %tid.x;", "and.b32 i, i, 127;"]
+    lines += [f"setp.lt.u32 p, i, {cluster};"]
+    if cluster == 1:
+        lines += ["@p mbarrier.arrive.shared::cta.b64 _, [$1];"]
+    else:
+        lines += [f"and.b32 i, i, {cluster - 1};", "mapa.shared::cluster.u32 there, $1, i;"]
+        lines += ["@p mbarrier.arrive.shared::cluster.b64 _, [there];"]
+    return "\n".join([*lines, "mov.b32 $0, 0; }"])
+
+
+@constexpr_function
+def bring_asm(slots, stage, parameter, cluster):
+    """A warp expects `stage` slots at the mbarrier $1, and brings `slots` of them by TMA, from $2 on, to all programs
+    of the cluster. Then follow the coordinates of each slot, the inner one first. parameter: of the kernel, that is the
+    descriptor.
+    """
+    lines = ["{ .reg .pred p; .reg .b64 d; .reg .b32 to; .reg .b16 all;", f"mov.b16 all, {(1 << cluster) - 1};"]
+    lines += ["elect.sync _|p, 0xffffffff;", f"mov.b64 d, kernel_param_{parameter};", "cvta.param.u64 d, d;"]
+    lines += [f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {stage * SLOT_BYTES};"]
+    kind = "shared::cluster.global.mbarrier::complete_tx::bytes" + ".multicast::cluster" * (cluster > 1)
+    for r in range(slots):
+        lines += [f"add.u32 to, $2, {r * SLOT_BYTES};"]
+        where = f"[d, {{${3 + 2 * r}, ${4 + 2 * r}}}], [$1]" + ", all" * (cluster > 1)
+        lines += [f"@p cp.async.bulk.tensor.2d.{kind} [to], {where};"]
+    return "\n".join([*lines, "mov.b32 $0, 0; }"])
+
+
+@constexpr_function
+def bring_constraints(slots):
+    return ",".join(["=r", "r", "r"] + ["r"] * (2 * slots))
+
+
+@constexpr_function
+def meet_asm():
+    """All threads of a cluster meet. mbarriers are made visible by their own fence."""
+    return "barrier.cluster.arrive.relaxed; barrier.cluster.wait.acquire; mov.b32 $0, 0;"
 
 
 @constexpr_function
@@ -121,38 +183,81 @@ def mma(
     MB: gl.constexpr,
     BN: gl.constexpr,
     TRANSPOSED: gl.constexpr,
-    REGISTER_A: gl.constexpr,
     DTYPE: gl.constexpr,
 ):
-    ADDRESSES: gl.constexpr = BY_THREAD and not REGISTER_A
-    ASM: gl.constexpr = mma_asm(MB, BN, HALF, TRANSPOSED, REGISTER_A, DTYPE, ADDRESSES)
-    CONSTRAINTS: gl.constexpr = mma_constraints(MB, BN, REGISTER_A, ADDRESSES)
-    if ADDRESSES:
-        return gl.inline_asm(ASM, CONSTRAINTS, (b,) + a + meta + acc, repeated(acc[0].type, MB * BN // 64), False)
+    ASM: gl.constexpr = mma_asm(MB, BN, HALF, TRANSPOSED, DTYPE, BY_THREAD)
+    CONSTRAINTS: gl.constexpr = mma_constraints(MB, BN, BY_THREAD)
+    if BY_THREAD:
+        return gl.inline_asm(ASM, CONSTRAINTS, (b, a) + meta + acc, repeated(acc[0].type, MB * BN // 64), False)
     else:
         return gl.inline_asm_elementwise(
-            ASM, CONSTRAINTS, (b,) + a + meta + acc, repeated(gl.float32, MB * BN // 64), False, 32
+            ASM, CONSTRAINTS, (b, a) + meta + acc, repeated(gl.float32, MB * BN // 64), False, 32
         )
 
 
+@constexpr_function
+def drain_constraints(MB, BN, metas):
+    n = MB * BN // 2
+    return ",".join(["=f"] * n + ["r"] * metas + [str(i) for i in range(n)])
+
+
 @gluon.jit
-def whereabouts(arena, slot, REGISTER_A: gl.constexpr, LAYOUT: gl.constexpr):
+def drained(acc, meta, MB: gl.constexpr, BN: gl.constexpr):
+    """acc when nothing is in flight."""
+    ASM: gl.constexpr = "wgmma.wait_group.sync.aligned 0;"
+    if BY_THREAD:
+        CONSTRAINTS: gl.constexpr = drain_constraints(MB, BN, 2 * MB)
+        return gl.inline_asm(ASM, CONSTRAINTS, meta + acc, repeated(acc[0].type, MB * BN // 64), False)
+    else:
+        MANY: gl.constexpr = drain_constraints(MB, BN, 2 * MB * 32)
+        return gl.inline_asm_elementwise(ASM, MANY, meta + acc, repeated(gl.float32, MB * BN // 64), False, 32)
+
+
+@gluon.jit
+def whereabouts(arena, slot, LAYOUT: gl.constexpr):
     """Where a slot of shared memory is, for `mma`."""
-    if BY_THREAD and not REGISTER_A:
+    if BY_THREAD:
         return arena.index(slot)
     else:
         return gl.full([1, 1, 1, 1], slot * SLOT, gl.int32, LAYOUT)
 
 
 @gluon.jit
-def fragments(slot, LAYOUT: gl.constexpr):
-    """A slot of the packed operand as the registers that the instruction takes: 16 a thread, 4 for each 32 columns."""
-    ROWS: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [8, 0], [0, 8], [0, 16], [0, 32]],
-        [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0]],
-        [],
-        [64, 64],
-    )
-    v = slot.load(ROWS).reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([8, 4, 32, 4])
-    return gl.convert_layout(v, LAYOUT, assert_trivial=True)
+def address_of(arena):
+    """Where the arena begins in shared memory."""
+    if BY_THREAD:
+        return gl.inline_asm("mov.u32 $0, $1;", "=r,r", (arena.index(0),), gl.int32, False)
+    else:
+        ASM: gl.constexpr = "{ .reg .b32 t; mov.u32 t, global_smem; add.u32 $0, t, $1; }"
+        return gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(0)], gl.int32, True, 1)
+
+
+@gluon.jit
+def threads(n: gl.constexpr):
+    """0..n-1, an element a thread; inline PTX on it runs once a thread."""
+    return gl.arange(0, n, layout=gl.BlockedLayout([1], [32], [n // 32], [0]))
+
+
+@gluon.jit
+def until(bar, phase):
+    gl.inline_asm_elementwise(until_asm(), "=r,r,r", [bar, phase], gl.int32, False, 1)
+
+
+@gluon.jit
+def give_back(bar, CLUSTER: gl.constexpr):
+    gl.inline_asm_elementwise(give_back_asm(CLUSTER), "=r,r", [bar], gl.int32, False, 1)
+
+
+@gluon.jit
+def rank_of(CLUSTER: gl.constexpr):
+    """Which program of its cluster this is."""
+    if CLUSTER == 1:
+        return gl.to_tensor(0)
+    else:
+        return gl.inline_asm_elementwise("mov.u32 $0, %cluster_ctarank;", "=r,r", [gl.to_tensor(0)], gl.int32, True, 1)
+
+
+@gluon.jit
+def meet(THREADS: gl.constexpr, CLUSTER: gl.constexpr):
+    if CLUSTER > 1:
+        gl.inline_asm_elementwise(meet_asm(), "=r,r", [threads(THREADS)], gl.int32, False, 1)

@@ -19,7 +19,8 @@ _LEAVING_STEPS = 5.5  # see `_cut`
 
 class Variant(NamedTuple):
     """Tile rows 128 * MB by BN; ring depths NA (of 128 columns) and NB (of 64); NE slots a warpgroup to write
-    from; GROUP row tiles are worked on together. split: the tiles of the last round are cut where that gains.
+    from; GROUP row tiles are worked on together. CLUSTER: so many programs, each with the next rows of the packed
+    operand, bring x for each other.
     """
 
     MB: int
@@ -28,25 +29,24 @@ class Variant(NamedTuple):
     NB: int
     NE: int
     GROUP: int = 16
-    REGISTER_A: bool = False
-    persistent: bool = True
-    split: bool = False
+    CLUSTER: int = 1
 
     @property
     def rows(self) -> int:
-        return 128 * self.MB
+        """Of the packed operand, in a tile of all programs of a cluster."""
+        return 128 * self.MB * self.CLUSTER
 
     @property
     def slots(self) -> int:
-        return self.NA * self.rows // 64 + self.NB * self.BN // 64 + WARPGROUPS * self.NE
+        """Of shared memory, one for barriers among them."""
+        return self.NA * 2 * self.MB + self.NB * self.BN // 64 + WARPGROUPS * self.NE + 1
 
 
 #: What is measured for each problem; the first one also serves the check at first use.
 VARIANTS = (
-    Variant(MB=1, BN=256, NA=2, NB=4, NE=4),
-    Variant(MB=1, BN=256, NA=2, NB=4, NE=4, split=True),
-    Variant(MB=2, BN=192, NA=2, NB=4, NE=4),
-    Variant(MB=2, BN=192, NA=2, NB=4, NE=4, split=True),
+    Variant(MB=1, BN=256, NA=2, NB=4, NE=3),
+    Variant(MB=1, BN=256, NA=2, NB=4, NE=3, GROUP=8, CLUSTER=2),
+    Variant(MB=2, BN=192, NA=2, NB=4, NE=3),
 )
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -64,9 +64,8 @@ def constants(
     variant: Variant, dtype: torch.dtype, transposed: bool, has_bias: bool, kind: str = ""
 ) -> dict[str, object]:
     """The compile-time arguments of `kernel`; not to be changed."""
-    chosen = {k: v for k, v in variant._asdict().items() if k not in ("persistent", "split")}
     given = {"HAS_BIAS": has_bias, "KIND": GATED.get(kind, kind), "GATED": kind in GATED, "TRANSPOSED": transposed}
-    return {**given, "DTYPE": DTYPES[dtype], **chosen}
+    return {**given, "DTYPE": DTYPES[dtype], **variant._asdict()}
 
 
 @lru_cache(maxsize=64)
@@ -142,18 +141,18 @@ def _launch(
     layout.check(packed, rows, inner)
     packed, x = _aligned(packed), _aligned(x)
     tiles, steps = -(-rows // variant.rows) * -(-outer // variant.BN), -(-inner // 128)
-    programs = min(tiles, _processors(x.device)) if variant.persistent else tiles
-    cut, cuts = _cut(tiles, steps, _processors(x.device)) if variant.split else (0, 1)
+    clusters = _processors(x.device) // variant.CLUSTER
+    cut, cuts = _cut(tiles, steps, clusters)
     partials, counts = _nothing(x.device)
     if cut:
-        programs = _processors(x.device)
-        partials = x.new_empty(cut * (cuts - 1) * variant.rows * variant.BN, dtype=torch.float32)
-        counts = x.new_zeros(cut * (cuts - 1) * WARPGROUPS, dtype=torch.int32)
+        left = cut * (cuts - 1)
+        partials = x.new_empty(left * variant.rows * variant.BN, dtype=torch.float32)
+        counts = x.new_zeros(left * WARPGROUPS * variant.CLUSTER, dtype=torch.int32)
     to = _descriptor(y, *y.shape)
     added = y if bias is None else bias.contiguous()
     launch(
         kernel,
-        (programs,),
+        (clusters if cut else min(tiles, clusters),),
         x.device,
         _descriptor(packed, rows, inner // 2),
         packed[rows * inner // 2 :].view(torch.int64),
@@ -171,6 +170,7 @@ def _launch(
         key=(variant, x.dtype, transposed, None if bias is None else bias.dtype, added.data_ptr() % 16 == 0, kind),
         **constants(variant, x.dtype, transposed, bias is not None, kind),
         num_warps=4,
+        cluster=variant.CLUSTER,
     )
 
 
@@ -181,16 +181,16 @@ def _nothing(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=1024)
-def _cut(tiles: int, steps: int, processors: int) -> tuple[int, int]:
+def _cut(tiles: int, steps: int, clusters: int) -> tuple[int, int]:
     """(tiles of the last round that are cut, parts of each), (0, 1) where that would not gain.
 
     To leave or to add the sums of a part takes about as long as `_LEAVING_STEPS` steps: what fits the times of an H100.
     """
-    rest = tiles % processors
+    rest = tiles % clusters
 
     def length(cuts: int) -> float:
         left = _LEAVING_STEPS if cuts > 1 else 0.0
-        return -(-rest * cuts // processors) * (steps / cuts + left) + (cuts - 1) * _LEAVING_STEPS
+        return -(-rest * cuts // clusters) * (steps / cuts + left) + (cuts - 1) * _LEAVING_STEPS
 
     cuts = min(range(1, min(16, steps) + 1), key=length)
     return (rest, cuts) if rest and cuts > 1 else (0, 1)

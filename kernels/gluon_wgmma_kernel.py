@@ -6,14 +6,20 @@ and spmm with a gated activation behind it: h [outer, rows / 2] straight from th
 reads.
 
 The packed operand is read in the form that `layout` defines for sm_90, values by TMA and metadata straight into
-registers. One warp issues all TMA loads; each consumer warpgroup multiplies MB blocks of 64 rows with the BN columns of
-the tile that all of them share. While the consumers write a tile, the loads of the next one are under way.
+registers. A warp loads the packed operand and another one x; each consumer warpgroup multiplies MB blocks of 64 rows
+with the BN columns of the tile that all of them share. A step is 128 columns of the packed operand, in two halves: the
+second is issued before the first has been waited for, and the first one's slot of x given back while the second is
+worked on. While the consumers write a tile, the loads of the next one are under way. The programs of a cluster have the
+same columns, and each brings its part of them to all.
 
 Shared memory is one arena of slots, each 64 x 64 entries with 128 byte swizzle: rings for the packed operand (64 rows
-by 128 columns of it a slot) and for x (64 by 64), and slots to write the result from. A single buffer, because the PTX
-takes its address from the symbol `global_smem`: Triton puts the largest buffer first, at offset 0. That is an
-assumption, and `gluon_matmul` tests it. From Triton 3.9 on inline PTX gets the slots' addresses instead. That was
-compiled only, to the instructions of before on the same registers, and not run.
+by 128 columns of it a slot) and for x (64 by 64), slots to write the result from, and one with the mbarriers. A single
+buffer, because the PTX takes its address from the symbol `global_smem`: Triton puts the largest buffer first, at offset
+0. That is an assumption, and `gluon_matmul` tests it. From Triton 3.9 on inline PTX gets the slots' addresses instead.
+That was compiled only, and not run.
+
+The mbarriers are of inline PTX too: Triton lets a warpgroup meet before it arrives at one of its own, three times a
+step, and with that tiles of 128 x 256 were up to 7% slower (docs/kernels.md).
 
 Where the last round of tiles leaves multiprocessors idle, its tiles are cut into equal parts of their steps (split-K).
 Programs that run together then still read the same rows and columns; shares of equal length (stream-K) were slower on
@@ -26,11 +32,37 @@ what the others left in memory, in their order, so that results stay the same fr
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from .gluon_common import advance, along, barrier, make_barriers, tile_of, tma_store
-from .gluon_loads import WGS, block_of, load_metadata, ordered, parts_of, place_of_sums, producer, work_of
-from .gluon_ptx import arrive_asm, await_asm, fragments, mma, whereabouts
+from .gluon_common import advance, along, barrier, tile_of, tma_store
+from .gluon_loads import (
+    WGS,
+    barriers,
+    block_of,
+    bring_packed,
+    bring_x,
+    bystander,
+    load_metadata,
+    ordered,
+    parts_of,
+    place_of_sums,
+    work_of,
+)
+from .gluon_ptx import (
+    SLOT,
+    address_of,
+    arrive_asm,
+    await_asm,
+    drained,
+    give_back,
+    init_asm,
+    meet,
+    mma,
+    rank_of,
+    threads,
+    until,
+    whereabouts,
+)
 
 
 @gluon.jit
@@ -83,22 +115,25 @@ def consumer(
     NB: gl.constexpr,
     NE: gl.constexpr,
     GROUP: gl.constexpr,
-    REGISTER_A: gl.constexpr,
+    CLUSTER: gl.constexpr,
 ):
-    meta, y, h, bias, partials, counts, ring, size = data
-    arena, full_a, empty_a, full_b, empty_b = ring
+    meta, y, h, bias, partials, counts, arena, size = data
     rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
     SA: gl.constexpr = MB * WGS
     SB: gl.constexpr = BN // 64
     L4: gl.constexpr = gl.BlockedLayout([8, 1, 1, 4], [1, 1, 32, 1], [1, 4, 1, 1], [3, 2, 1, 0])
     warp, lane, reg = along(4, 1, L4, 4), along(32, 2, L4, 4), along(4, 3, L4, 4)
-    once = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))  # an element a thread, unlike L4's 32
     selector = gl.where(lane % 2 == 0, 0x6420, 0x7531) + 0 * warp
     last = inner // 64 - 1
+    bars = address_of(arena) + (NA * SA + NB * SB + WGS * NE) * SLOT + 0 * threads(128)
+    bars_b = bars + 8 * NA
+    rank = rank_of(CLUSTER)
+    meet(128, CLUSTER)
     a, pa, b, pb = 0, 0, 0, 0
-    for u in range(parts_of(size)):
-        tile, first, to, which, place = work_of(u, size)
+    for u in range(parts_of(size, CLUSTER)):
+        tile, first, to, which, place = work_of(u, size, CLUSTER)
         tm, tn = tile_of(tile, tiles_m, tiles_n, GROUP)
+        tm = tm * CLUSTER + rank
         at = ()
         for m in gl.static_range(MB):
             block = block_of(tm, WG * MB + m, rows, MB, GATED)
@@ -113,42 +148,39 @@ def consumer(
             e0, e1 = ordered(next0, selector, MB), ordered(next1, selector, MB)
             next0 = load_metadata(meta, at, 2 * i + 2, last, MB, inner)
             next1 = load_metadata(meta, at, 2 * i + 3, last, MB, inner)
-            mbarrier.wait(full_a.index(a), pa)
-            if REGISTER_A:
-                packed = ()
-                for m in gl.static_range(MB):
-                    packed = packed + (fragments(arena.index(a * SA + WG * MB + m), L4),)
-            else:
-                packed = (whereabouts(arena, a * SA + WG * MB, REGISTER_A, L4),)
-            mbarrier.wait(full_b.index(b), pb)
-            b_at = whereabouts(arena, NA * SA + b * SB, REGISTER_A, L4)
-            acc = mma(acc, packed, b_at, e0, 0, MB, BN, TRANSPOSED, REGISTER_A, DTYPE)
-            barrier()
-            mbarrier.arrive(empty_b.index(b), count=1)
+            until(bars + 8 * a, pa)
+            packed = whereabouts(arena, a * SA + WG * MB, L4)
+            until(bars_b + 8 * b, pb)
+            b_at = whereabouts(arena, NA * SA + b * SB, L4)
+            acc = mma(acc, packed, b_at, e0, 0, MB, BN, TRANSPOSED, DTYPE)
+            done = bars_b + 8 * (NA + NB + b)
             b, pb = advance(b, pb, NB)
-            mbarrier.wait(full_b.index(b), pb)
-            b_at = whereabouts(arena, NA * SA + b * SB, REGISTER_A, L4)
-            acc = mma(acc, packed, b_at, e1, 1, MB, BN, TRANSPOSED, REGISTER_A, DTYPE)
-            barrier()
-            mbarrier.arrive(empty_b.index(b), count=1)
-            mbarrier.arrive(empty_a.index(a), count=1)
+            until(bars_b + 8 * b, pb)
+            b_at = whereabouts(arena, NA * SA + b * SB, L4)
+            acc = mma(acc, packed, b_at, e1, 1, MB, BN, TRANSPOSED, DTYPE)
+            give_back(done, CLUSTER)
+            acc = drained(acc, e0 + e1, MB, BN)  # till then metadata stay where they are, too
+            give_back(bars_b + 8 * (NA + NB + b), CLUSTER)
             b, pb = advance(b, pb, NB)
+            give_back(bars + 8 * (NA + NB + a), 1)
             a, pa = advance(a, pa, NA)
         leaves = (which >= 0) & (which < cuts - 1)
         cut = tiles_m * tiles_n - whole
         for before in range(0, gl.where(which == cuts - 1, which, 0)):
-            p = place - (which - before) * cut
-            gl.inline_asm_elementwise(await_asm(), "=r,l", [counts + WGS * p + WG + once], gl.int32, False, 1)
+            p = (place - (which - before) * cut) * CLUSTER + rank
+            there = counts + WGS * p + WG + 0 * threads(128)
+            gl.inline_asm_elementwise(await_asm(), "=r,l", [there], gl.int32, False, 1)
             left = place_of_sums(partials, p, WG, MB, BN, L4)
             added = ()
             for s in gl.static_range(MB * SB):
                 added = added + (acc[s] + gl.load(left + s * 4096),)
             acc = added
         if leaves:
-            left = place_of_sums(partials, place, WG, MB, BN, L4)
+            p = place * CLUSTER + rank
+            left = place_of_sums(partials, p, WG, MB, BN, L4)
             for s in gl.static_range(MB * SB):
                 gl.store(left + s * 4096, acc[s])
-            here = counts + WGS * place + WG + once
+            here = counts + WGS * p + WG + 0 * threads(128)
             gl.inline_asm_elementwise(arrive_asm(), "=r,l", [here], gl.int32, False, 1)
         else:
             slots = arena, NA * SA + NB * SB + WG * NE
@@ -174,6 +206,7 @@ def consumer(
                             part += add
                         store(y, slots, part.to(y.dtype), m0, n0, m * SB + s, NE, TRANSPOSED)
     tma.store_wait(0)
+    meet(128, CLUSTER)
 
 
 @gluon.jit(do_not_specialize=["rows", "inner", "outer", "whole", "cuts"])
@@ -185,7 +218,7 @@ def kernel(
     h,  # GATED: [outer, rows / 2]
     bias,  # [rows], added to y or, GATED, within the activation only
     partials,  # fp32 [parts but the last of each tile, tile]: their sums
-    counts,  # int32 [these parts, WGS], zeroed: how many warps have left theirs
+    counts,  # int32 [these parts, programs of a cluster, WGS], zeroed: how many warps have left theirs
     rows,
     inner,
     outer,
@@ -202,24 +235,31 @@ def kernel(
     NB: gl.constexpr,
     NE: gl.constexpr,
     GROUP: gl.constexpr,
-    REGISTER_A: gl.constexpr,
+    CLUSTER: gl.constexpr,
 ):
-    BM: gl.constexpr = 64 * MB * WGS
-    SLOTS: gl.constexpr = NA * (BM // 64) + NB * (BN // 64) + WGS * NE
-    arena = gl.allocate_shared_memory(x.dtype, [SLOTS, 64, 64], x.layout)
-    full_a, empty_a = make_barriers(NA, 1), make_barriers(NA, WGS)
-    full_b, empty_b = make_barriers(NB, 1), make_barriers(NB, WGS)
+    BM: gl.constexpr = 64 * MB * WGS * CLUSTER
+    FIRST: gl.constexpr = NA * MB * WGS
+    SLOTS: gl.constexpr = FIRST + NB * (BN // 64) + WGS * NE
+    BARS: gl.constexpr = SLOTS * SLOT
+    COUNTS: gl.constexpr = barriers(NA, NB, CLUSTER)
+    arena = gl.allocate_shared_memory(x.dtype, [SLOTS + 1, 64, 64], x.layout)
+    bars = address_of(arena) + BARS + 0 * threads(128)
+    gl.inline_asm_elementwise(init_asm(COUNTS), "=r,r", [bars], gl.int32, False, 1)
     fence_async_shared()
     tiles_m, tiles_n, steps = gl.cdiv(rows, BM), gl.cdiv(outer, BN), gl.cdiv(inner, 128)
-    ring, size = (arena, full_a, empty_a, full_b, empty_b), (rows, inner, tiles_m, tiles_n, steps, whole, cuts)
-    data = (meta, y, h, bias, partials, counts, ring, size)
+    size = (rows, inner, tiles_m, tiles_n, steps, whole, cuts)
+    data = (meta, y, h, bias, partials, counts, arena, size)
+    # 0 and 6: the places of the descriptors of `values` and x among the parameters as compiled (test_gluon_aot.py)
     gl.warp_specialize(
         [
-            (consumer, (0, data, HAS_BIAS, KIND, GATED, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
-            (consumer, (1, data, HAS_BIAS, KIND, GATED, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, REGISTER_A)),
-            (producer, (values, x, ring, size, TRANSPOSED, GATED, MB, BN, NA, NB, GROUP)),
+            (consumer, (0, data, HAS_BIAS, KIND, GATED, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, CLUSTER)),
+            (consumer, (1, data, HAS_BIAS, KIND, GATED, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, CLUSTER)),
+            (bring_packed, (arena, size, 0, GATED, MB, NA, NB, BARS, GROUP, CLUSTER)),
+            (bring_x, (arena, size, 6, TRANSPOSED, FIRST, BN, NA, NB, BARS, GROUP, CLUSTER)),
+            (bystander, (CLUSTER,)),
+            (bystander, (CLUSTER,)),
         ],
-        [4, 1],
-        [232, 24],
+        [4, 1, 1, 1, 1],
+        [232, 24, 24, 24, 24],
     )
     arena._keep_alive()

@@ -19,14 +19,20 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # with what 
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, key: Hashable = None, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *args: Any,
+    key: Hashable = None,
+    cluster: int = 1,
+    **constants: Any,
 ) -> None:
     """Run `kernel` on `device` (Triton itself launches on the current one); an empty grid is no launch.
 
     args: tensors and numbers, all arguments of the kernel that are not constexpr. constants: the constexpr ones, and
     Triton's options. key: what Triton compiles the kernel anew for, where the caller knows that (needed with tensor
-    descriptors); else it is found from all of these. On tensors without data (device "meta") nothing runs: `noted` gets
-    what would, for `ahead`.
+    descriptors); else it is found from all of these. cluster: of so many programs, of which the grid counts clusters.
+    On tensors without data (device "meta") nothing runs: `noted` gets what would, for `ahead`.
     """
     if 0 in grid:
         return
@@ -44,9 +50,25 @@ def launch(
             return
         hash_callees_first(kernel.fn.__module__)
         ahead.wait()
-        compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)
+        last = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        if cluster == 1:
+            compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)
+        else:
+            compiled = _clustered(kernel.warmup(*args, grid=grid, **constants, enable_fp_fusion=False), cluster)
+            three = (*grid, 1, 1)
+            compiled[three](*args, *last)
     if compiled is not None:  # None: the interpreter compiles nothing
-        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        _compiled[key] = compiled, last
+
+
+def _clustered(compiled: Any, cluster: int) -> Any:
+    """A kernel compiled for one program, launched in clusters: what its programs share is in its inline PTX alone.
+
+    Triton's own clusters (`num_ctas`) spread each tensor over the programs instead.
+    """
+    warps, _, shared = compiled.packed_metadata
+    compiled.packed_metadata = warps, cluster, shared
+    return compiled
 
 
 @lru_cache

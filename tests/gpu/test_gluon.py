@@ -11,8 +11,7 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
 HALVES = [torch.bfloat16, torch.float16]
 ORDERS = {"gluon_wgmma": "sm_90", "gluon_mma": "sm_80"}
-KERNELS = [("gluon_wgmma", 0), ("gluon_wgmma", 2), ("gluon_mma", 0), ("gluon_mma", 1)]  # module, variant
-CUTTING = [("gluon_wgmma", 1), ("gluon_wgmma", 3)]  # of the first two, for products of which some tiles are cut
+KERNELS = [*(("gluon_wgmma", i) for i in range(3)), ("gluon_mma", 0), ("gluon_mma", 1)]  # module, variant
 
 
 def named(variant):
@@ -22,11 +21,6 @@ def named(variant):
 @pytest.fixture(params=KERNELS, ids=named)
 def multiply(request):
     """(order of the metadata, multiply) of a variant. Both kernels run on Hopper."""
-    return loaded(*request.param)
-
-
-@pytest.fixture(params=KERNELS + CUTTING, ids=named)
-def multiply_all(request):
     return loaded(*request.param)
 
 
@@ -90,9 +84,9 @@ def test_wgrad(multiply, outer, tokens, inner, biased, dtype):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_many_tiles_a_program_always_the_same(multiply_all, transposed):
+def test_many_tiles_a_program_always_the_same(multiply, transposed):
     """Rings of shared memory go round many times; a race would show in one of the runs."""
-    order, run = multiply_all
+    order, run = multiply
     rows, inner, outer = (2048, 4096, 4096) if transposed else (4096, 1024, 8192)
     a, packed = sparse(rows, inner, torch.bfloat16, order)
     x = torch.randn((inner, outer) if transposed else (outer, inner), device=GPU).bfloat16()
@@ -106,9 +100,9 @@ def test_many_tiles_a_program_always_the_same(multiply_all, transposed):
 @pytest.mark.parametrize(
     ("blocks", "inner", "outer"), [(5, 4160, 960), (1, 8192, 64), (33, 2560, 4032), (9, 8192, 576)]
 )
-def test_tiles_that_are_cut(multiply_all, blocks, inner, outer, transposed):
+def test_tiles_that_are_cut(multiply, blocks, inner, outer, transposed):
     """Few tiles in many hands, or a last round that is not full: sums are put together in one order."""
-    order, run = multiply_all
+    order, run = multiply
     rows = blocks * layout.ROW_BLOCK[order]
     a, packed = sparse(rows, inner, torch.bfloat16, order)
     x = torch.randn((inner, outer) if transposed else (outer, inner), device=GPU).bfloat16()
@@ -124,16 +118,14 @@ FUSED = [("swiglu", None), ("swiglu", torch.float32), ("geglu", torch.bfloat16),
 FUSED += [("geglu_tanh", torch.float32), ("reglu", torch.bfloat16), ("reglu", None)]
 
 
-@pytest.mark.parametrize("index", [2, 3])
 @pytest.mark.parametrize(("blocks", "inner", "outer"), [(8, 192, 200), (12, 4160, 1000), (4, 64, 1)])
 @pytest.mark.parametrize(("kind", "bias"), FUSED)
-def test_the_activation_behind_a_product(kind, bias, blocks, inner, outer, index):
+def test_the_activation_behind_a_product(kind, bias, blocks, inner, outer):
     if torch.cuda.get_device_capability(GPU)[0] != 9:
         pytest.skip("needs Hopper")
     kernels = pytest.importorskip("sparse24.kernels.gluon_wgmma")
-    rows, variant = 64 * blocks, kernels.VARIANTS[index]
-    if not kernels.can_fuse(variant, rows, kind):
-        pytest.skip("no kernel for it")
+    rows = 64 * blocks
+    variant = next(v for v in kernels.VARIANTS if kernels.can_fuse(v, rows, kind))
     a, packed = sparse(rows, inner, torch.bfloat16, "sm_90")
     x = torch.randn(outer, inner, device=GPU).bfloat16()
     b = None if bias is None else torch.randn(rows, device=GPU).to(bias)
@@ -190,8 +182,8 @@ def test_operands_of_odd_strides_and_addresses(multiply):
     assert_rounded(run(moved, x, rows, inner, False), x.double() @ a.double().t())
 
 
-def test_streams_and_threads_multiply_at_once(multiply_all):
-    order, run = multiply_all
+def test_streams_and_threads_multiply_at_once(multiply):
+    order, run = multiply
     rows, inner = 4 * layout.ROW_BLOCK[order], 4096
     a, packed = sparse(rows, inner, torch.bfloat16, order)
     x = torch.randn(1000, inner, device=GPU).bfloat16()
@@ -213,8 +205,8 @@ def test_streams_and_threads_multiply_at_once(multiply_all):
     assert same == [True] * 4
 
 
-def test_in_a_cuda_graph(multiply_all):
-    order, run = multiply_all
+def test_in_a_cuda_graph(multiply):
+    order, run = multiply
     rows, inner = 2 * layout.ROW_BLOCK[order], 16384
     a, packed = sparse(rows, inner, torch.bfloat16, order)
     x = torch.randn(300, inner, device=GPU).bfloat16()

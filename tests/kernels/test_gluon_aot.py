@@ -17,8 +17,15 @@ SHARED = {80: 166912, 89: 101376, 90: 232448}  # bytes a program can have
 
 def cases():
     """(module, architecture, variant, transposed, fp16, biased, activation): each constant takes each of its values."""
-    for variant, transposed, kind in ((0, True, ""), (2, False, "swiglu"), (2, True, "")):
-        yield "gluon_wgmma", 90, variant, transposed, transposed, transposed, kind
+    for variant, transposed, biased, kind in (
+        (0, True, True, ""),
+        (1, False, False, ""),
+        (1, True, True, ""),
+        (2, False, False, "swiglu"),
+        (2, False, True, "swiglu"),
+        (2, True, True, ""),
+    ):
+        yield "gluon_wgmma", 90, variant, transposed, transposed, biased, kind
     for arch, variant, transposed in ((80, 0, False), (89, 1, True)):
         yield "gluon_mma", arch, variant, transposed, not transposed, transposed, ""
 
@@ -77,6 +84,8 @@ def compile_all(folder):
             "shared": compiled.metadata.shared,
             "arena": variant.slots * 8192 if module == "gluon_wgmma" else None,
             "barriers": barriers(text),
+            "others": [int(offset) for offset in re.findall(r"\[global_smem\+(\d+)\]", text)],
+            "descriptors": descriptors(text),
             "by_symbol": "base, global_smem" in text,
             "by_thread": hasattr(gl, "inline_asm"),
         }
@@ -85,8 +94,17 @@ def compile_all(folder):
 
 def barriers(ptx):
     """Offsets of the mbarriers in shared memory."""
-    registers = re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)", ptx)
-    return [int(re.search(rf"add\.s32 \t?{re.escape(r)}, %r\d+, (\d+);", ptx)[1]) for r in registers]
+    found = []
+    for register, offset in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+) \+ (\d+)\]", ptx):
+        first = re.search(rf"add\.s32 \t?{re.escape(register)}, %r\d+, (\d+);", ptx)
+        found.append(int(first[1]) + int(offset))
+    return found
+
+
+def descriptors(ptx):
+    """Of the kernel's parameters, those that are TMA descriptors, and those that inline PTX takes for one."""
+    are = re.findall(r"\.param \.align 64 \.b8 (kernel_param_\d+)\[128\]", ptx)
+    return are, re.findall(r"mov\.b64 d, (kernel_param_\d+);", ptx)
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +123,20 @@ def test_every_kernel_compiles_to_sparse_instructions(compiled):
     """One test, so that one worker compiles."""
     assert [tuple(found["case"]) for found in compiled] == list(cases())
     for found in compiled:
-        module, arch, _, _, fp16, *_ = found["case"]
+        module, arch, _, _, fp16, biased, kind = found["case"]
         assert found["instructions"] == found["expected"], found
         assert found["types"] == ["f16" if fp16 else "bf16"], found
         assert not found["warnings"], found  # a warning says that wgmma were serialized
-        assert found["spills"] <= (64 if found["case"][-1] else 0), found  # behind the sums a few registers may spill
+        gated_with_bias = bool(kind) and biased
+        assert found["spills"] <= (128 if gated_with_bias else 0), found  # bytes stored and loaded, behind the sums
         assert found["shared"] <= SHARED[arch], found
-        if module == "gluon_wgmma":  # the arena is first, and all of it before the barriers
-            assert len(found["barriers"]) >= 12 and min(found["barriers"]) >= found["arena"], found
+        if module == "gluon_wgmma":  # the arena is first, with the barriers at its end
+            assert min(found["barriers"]) == found["arena"] - 8192, found
+            assert sorted(found["barriers"]) == list(range(min(found["barriers"]), max(found["barriers"]) + 8, 8))
+            assert found["others"] and min(found["others"]) >= found["arena"], found
             assert found["by_symbol"] != found["by_thread"], found  # how the instructions find the arena
+            are, taken = found["descriptors"]
+            assert taken == [are[0], are[1]], found  # of the packed operand and of x
 
 
 if __name__ == "__main__":
