@@ -161,24 +161,28 @@ class Plan:
 
     def __call__(self, packed: Tensor, b: Tensor, d: Tensor) -> None:
         """d = A b on the current stream of the current device. All tensors contiguous."""
-        # bound to a name: freed before the call, its memory could be another stream's
-        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=d.device) if self.workspace else None
         # private, but what Inductor's and Triton's launches ask: torch.cuda.current_stream builds an object each time
-        self._stream.value = torch._C._cuda_getCurrentRawStream(d.get_device())
+        stream = self._stream.value = torch._C._cuda_getCurrentRawStream(d.get_device())
+        # what torch.cuda.caching_allocator_alloc calls: a tensor around it would cost some microseconds more
+        workspace = torch._C._cuda_cudaCachingAllocator_raw_alloc(self.workspace, stream) if self.workspace else None
         out = d.data_ptr()
-        status = self._matmul(
-            self._handle.pointer,
-            self._plan.pointer,
-            self._one,
-            packed.data_ptr(),
-            b.data_ptr(),
-            self._zero,
-            out,
-            out,
-            workspace.data_ptr() if workspace is not None else None,
-            self._streams,
-            1,
-        )
+        try:
+            status = self._matmul(
+                self._handle.pointer,
+                self._plan.pointer,
+                self._one,
+                packed.data_ptr(),
+                b.data_ptr(),
+                self._zero,
+                out,
+                out,
+                workspace,
+                self._streams,
+                1,
+            )
+        finally:
+            if workspace is not None:  # the next to get it on this stream comes behind this call
+                torch._C._cuda_cudaCachingAllocator_raw_delete(workspace)
         if status:
             _check(status, "matmul")
 

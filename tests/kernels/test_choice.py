@@ -1,6 +1,8 @@
 """Measured choices on disk."""
 
 import json
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -77,3 +79,57 @@ def test_the_algorithms_that_usually_win_are_measured_first(monkeypatch):
     monkeypatch.setattr(cusparselt, "plan", lambda *args: SimpleNamespace(algorithms=10))
     problem = Problem("spmm", 128, 128, 64, torch.bfloat16, torch.device("cuda", 0))
     assert providers.CusparseLt().algorithms(problem) == [3, 2, 6, 5, 0, 1, 4, 7, 8, 9]
+
+
+class Fake:
+    """Candidates 0 to 5: alone 1 is the fastest and 5 the fifth, in turns 2 is; 3 is wrong."""
+
+    name = "cusparselt"
+    alone = (0.9, 0.8, 0.95, 0.1, 0.98, 0.99)
+    under_load = (1.0, 1.3, 0.9, 0.1, 1.1, 0.5)
+
+    def supports(self, problem):
+        return True
+
+    def algorithms(self, problem):
+        return range(6)
+
+    def run(self, problem, packed, x, algorithm):
+        y = x @ layout.unpack(packed, problem.rows, problem.inner, layout.metadata_order(problem.device)).t()
+        return 1.1 * y if algorithm == 3 else y
+
+
+def measured(monkeypatch, fake):
+    """The choice among a fake's candidates, and what was timed, in order; dense is None."""
+    timed = []
+
+    def time_ms(run, repeats):
+        algorithm = run.args[-1] if isinstance(run, partial) else None
+        timed.append((algorithm, repeats))
+        if algorithm is None:
+            return 2.0
+        in_turns = any(algorithm is None for algorithm, _ in timed)
+        return (fake.under_load if in_turns else fake.alone)[algorithm]
+
+    monkeypatch.setattr(choice, "time_ms", time_ms)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    problem = Problem("spmm", 128, 64, 64, torch.float32, torch.device("cpu"))
+    return choice.measure(problem, [fake]), timed
+
+
+def test_the_fastest_alone_are_timed_once_more_in_turns(monkeypatch, caplog):
+    found, timed = measured(monkeypatch, Fake())
+    assert found == choice.Choice("cusparselt", 2, 0.9, 2.0)
+    assert "struck cusparselt algorithm 3" in caplog.text
+    last = timed[-5 * choice._TURNS :]
+    turns = [[algorithm for algorithm, _ in last[i : i + 5]] for i in range(0, len(last), 5)]
+    assert all(sorted(turn, key=str) == [0, 1, 2, 4, None] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > choice._TURNS // 2  # in orders of their own
+    assert {repeats for algorithm, repeats in last if algorithm is None} == {round(choice._TURN_MS / 2.0)}
+
+
+def test_where_all_are_wrong_the_masked_dense_product_serves(monkeypatch, caplog):
+    fake = Fake()
+    monkeypatch.setattr(fake, "algorithms", lambda problem: [3])
+    found, _ = measured(monkeypatch, fake)
+    assert found.provider == "masked_dense" and "masked dense matmuls serve" in caplog.text
