@@ -5,6 +5,8 @@ reads it) and, for the bias, its sums over 64 tokens each. A program takes 64 to
 whole groups of four tokens.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -284,7 +286,7 @@ def glu_backward_pack_kernel(
 _BT, _BF = 16, 128  # tile of the elementwise kernels
 
 
-def _problem(gate_up: Tensor, bias: Tensor | None, kind: str) -> tuple[int, int, dict[str, object]]:
+def _problem(gate_up: Tensor, bias: Tensor | None, kind: str) -> tuple[int, int, dict[str, Any]]:
     """Tokens, features of the activation, and the constants that the kernels share."""
     check_dtypes(gate_up=gate_up, bias=bias)
     if kind not in reference.KINDS:
