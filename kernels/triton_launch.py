@@ -40,7 +40,7 @@ def launch(
         noted.append((kernel, args, constants))
         return
     found = (*[_kind(arg) for arg in args], *constants.items()) if key is None else key
-    key = kernel.fn, device, found
+    key = kernel.fn, device, cluster, found
     with layout.on(device):
         known = _compiled.get(key)
         if known is not None:

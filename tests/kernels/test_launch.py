@@ -26,8 +26,15 @@ class Kernel:
 
         return compile_and_run
 
+    def warmup(self, x, n, A, B, grid, **options):
+        assert options == {"num_warps": 4, "enable_fp_fusion": False}
+        self.compiled += 1
+        return Compiled(self)
+
 
 class Compiled:
+    packed_metadata = 12, 1, 2048  # warps, programs of a cluster, bytes of shared memory
+
     def __init__(self, kernel):
         self.kernel = kernel
 
@@ -79,3 +86,13 @@ def test_an_empty_grid_is_no_launch():
     kernel = Kernel()
     launch(kernel, torch.zeros(64), 32, grid=(2, 0))
     assert not kernel.ran
+
+
+def test_a_cluster_is_a_launch_of_its_own():
+    kernel, x = Kernel(), torch.zeros(64)
+    for cluster in (1, 2, 2):
+        triton_launch.launch(kernel, (3,), CPU, x, 32, cluster=cluster, num_warps=4, B=64, A=1)
+    assert kernel.compiled == 2
+    assert kernel.ran == [((3,), x, 32, 1, 64)] * 3
+    found = [c.packed_metadata for c, _ in triton_launch._compiled.values() if getattr(c, "kernel", None) is kernel]
+    assert found == [(12, 1, 2048), (12, 2, 2048)]
