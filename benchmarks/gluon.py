@@ -58,13 +58,13 @@ CASES = [  # blocks of rows, inner, outer, transposed, dtype, biased, repeats, t
 STEP_S = 60  # a child that takes longer for one step is taken to hang, and ends
 
 # What bounds the kernel: the same without a part of its work, by changes of its source. The numbers are wrong.
-_PACKED, _X = (
-    f"            gl.inline_asm_elementwise(ASM, CONSTRAINTS, (full, {slot}) + where, gl.int32, False, 1)"
-    for slot in ("at + a * SA * SLOT", "slot")
+_LOADS = (
+    "            bring(full, at + a * SA * SLOT, where, SA, SA, PARAMETER, 1)",
+    "            bring(full, slot, where, MINE, SB, PARAMETER, CLUSTER)",
 )
 _FIRST = "            if u == 0:\n    {0}\n            else:\n                give_back(full, 1)"
-NO_LOADS = {load: _FIRST.format(load) for load in (_PACKED, _X)}  # behind the first tile of a program
-NO_LOADS |= {"    bring_constraints,\n": "    bring_constraints,\n    give_back,\n"}
+NO_LOADS = {load: _FIRST.format(load) for load in _LOADS}  # behind the first tile of a program
+NO_LOADS |= {"    bring,\n": "    bring,\n    give_back,\n"}
 SAME_TILE = {  # every program loads the same tile: L2 always has it
     "rank, r, rows, MB, GATED) * 64": "rank, r, rows, MB, GATED) * 0 + r * 64",
     "n = tn * BN + (rank * MINE + r) * 64": "n = tn * 0 + (rank * MINE + r) * 64",

@@ -12,8 +12,7 @@ from .gluon_common import advance, along, constexpr_function, tile_of
 from .gluon_ptx import (
     SLOT,
     address_of,
-    bring_asm,
-    bring_constraints,
+    bring,
     meet,
     nibbles_asm,
     rank_of,
@@ -93,8 +92,6 @@ def bring_packed(
     """A warp that loads the packed operand."""
     rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
     SA: gl.constexpr = MB * WGS
-    ASM: gl.constexpr = bring_asm(SA, SA, PARAMETER, 1)
-    CONSTRAINTS: gl.constexpr = bring_constraints(SA)
     rank, at = rank_of(CLUSTER), address_of(arena) + 0 * threads(32)
     meet(32, CLUSTER)
     a, pa = 0, 1
@@ -107,7 +104,7 @@ def bring_packed(
                 where = where + (i * 64, block_of(tm * CLUSTER + rank, r, rows, MB, GATED) * 64)
             full = at + BARS + 8 * a
             until(full + 8 * (NA + NB), pa)
-            gl.inline_asm_elementwise(ASM, CONSTRAINTS, (full, at + a * SA * SLOT) + where, gl.int32, False, 1)
+            bring(full, at + a * SA * SLOT, where, SA, SA, PARAMETER, 1)
             a, pa = advance(a, pa, NA)
     meet(32, CLUSTER)
 
@@ -130,8 +127,6 @@ def bring_x(
     rows, inner, tiles_m, tiles_n, steps, whole, cuts = size
     SB: gl.constexpr = BN // 64
     MINE: gl.constexpr = SB // CLUSTER
-    ASM: gl.constexpr = bring_asm(MINE, SB, PARAMETER, CLUSTER)
-    CONSTRAINTS: gl.constexpr = bring_constraints(MINE)
     rank, at = rank_of(CLUSTER), address_of(arena) + 0 * threads(32)
     meet(32, CLUSTER)
     b, pb = 0, 1
@@ -146,7 +141,7 @@ def bring_x(
             full = at + BARS + 8 * (NA + b)
             until(full + 8 * (NA + NB), pb)
             slot = at + (FIRST + b * SB + rank * MINE) * SLOT
-            gl.inline_asm_elementwise(ASM, CONSTRAINTS, (full, slot) + where, gl.int32, False, 1)
+            bring(full, slot, where, MINE, SB, PARAMETER, CLUSTER)
             b, pb = advance(b, pb, NB)
     meet(32, CLUSTER)
 

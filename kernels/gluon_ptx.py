@@ -249,6 +249,14 @@ def give_back(bar, CLUSTER: gl.constexpr):
 
 
 @gluon.jit
+def bring(full, slot, where, SLOTS: gl.constexpr, STAGE: gl.constexpr, PARAMETER: gl.constexpr, CLUSTER: gl.constexpr):
+    """See `bring_asm`; where: the coordinates."""
+    ASM: gl.constexpr = bring_asm(SLOTS, STAGE, PARAMETER, CLUSTER)
+    CONSTRAINTS: gl.constexpr = bring_constraints(SLOTS)
+    gl.inline_asm_elementwise(ASM, CONSTRAINTS, (full, slot) + where, gl.int32, False, 1)
+
+
+@gluon.jit
 def rank_of(CLUSTER: gl.constexpr):
     """Which program of its cluster this is."""
     if CLUSTER == 1:
