@@ -51,9 +51,10 @@ def mma_asm(MB, BN, half, transposed, dtype, addresses):
 
 
 @constexpr_function
-def mma_constraints(MB, BN, addresses):
-    n, times = MB * BN // 2, 1 if addresses else 32
-    return ",".join(["=f"] * n + ["r"] * (times * (2 + MB)) + [str(i) for i in range(n)])
+def sums_constraints(MB, BN, operands, by_thread):
+    """Of PTX on the sums, tied to its results, with so many operands; see `mma_asm`."""
+    n = MB * BN // 2
+    return ",".join(["=f"] * n + ["r"] * (operands if by_thread else 32 * operands) + [str(i) for i in range(n)])
 
 
 @constexpr_function
@@ -174,6 +175,17 @@ def await_asm():
 
 
 @gluon.jit
+def on_sums(ASM: gl.constexpr, operands, acc, OPERANDS: gl.constexpr, MB: gl.constexpr, BN: gl.constexpr):
+    CONSTRAINTS: gl.constexpr = sums_constraints(MB, BN, OPERANDS, BY_THREAD)
+    if BY_THREAD:
+        return gl.inline_asm(ASM, CONSTRAINTS, operands + acc, repeated(acc[0].type, MB * BN // 64), False)
+    else:
+        return gl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, operands + acc, repeated(gl.float32, MB * BN // 64), False, 32
+        )
+
+
+@gluon.jit
 def mma(
     acc,
     a,
@@ -186,31 +198,13 @@ def mma(
     DTYPE: gl.constexpr,
 ):
     ASM: gl.constexpr = mma_asm(MB, BN, HALF, TRANSPOSED, DTYPE, BY_THREAD)
-    CONSTRAINTS: gl.constexpr = mma_constraints(MB, BN, BY_THREAD)
-    if BY_THREAD:
-        return gl.inline_asm(ASM, CONSTRAINTS, (b, a) + meta + acc, repeated(acc[0].type, MB * BN // 64), False)
-    else:
-        return gl.inline_asm_elementwise(
-            ASM, CONSTRAINTS, (b, a) + meta + acc, repeated(gl.float32, MB * BN // 64), False, 32
-        )
-
-
-@constexpr_function
-def drain_constraints(MB, BN, metas):
-    n = MB * BN // 2
-    return ",".join(["=f"] * n + ["r"] * metas + [str(i) for i in range(n)])
+    return on_sums(ASM, (b, a) + meta, acc, 2 + MB, MB, BN)
 
 
 @gluon.jit
 def drained(acc, meta, MB: gl.constexpr, BN: gl.constexpr):
-    """acc when nothing is in flight."""
-    ASM: gl.constexpr = "wgmma.wait_group.sync.aligned 0;"
-    if BY_THREAD:
-        CONSTRAINTS: gl.constexpr = drain_constraints(MB, BN, 2 * MB)
-        return gl.inline_asm(ASM, CONSTRAINTS, meta + acc, repeated(acc[0].type, MB * BN // 64), False)
-    else:
-        MANY: gl.constexpr = drain_constraints(MB, BN, 2 * MB * 32)
-        return gl.inline_asm_elementwise(ASM, MANY, meta + acc, repeated(gl.float32, MB * BN // 64), False, 32)
+    """acc when nothing is in flight. meta: of both halves of a step, which stay in their registers till then."""
+    return on_sums("wgmma.wait_group.sync.aligned 0;", meta, acc, 2 * MB, MB, BN)
 
 
 @gluon.jit

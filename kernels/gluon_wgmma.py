@@ -39,7 +39,7 @@ class Variant(NamedTuple):
     @property
     def slots(self) -> int:
         """Of shared memory, one for barriers among them."""
-        return self.NA * 2 * self.MB + self.NB * self.BN // 64 + WARPGROUPS * self.NE + 1
+        return self.NA * WARPGROUPS * self.MB + self.NB * self.BN // 64 + WARPGROUPS * self.NE + 1
 
 
 #: What is measured for each problem; the first one also serves the check at first use.

@@ -114,6 +114,7 @@ def consumer(
     NA: gl.constexpr,
     NB: gl.constexpr,
     NE: gl.constexpr,
+    BARS: gl.constexpr,
     GROUP: gl.constexpr,
     CLUSTER: gl.constexpr,
 ):
@@ -125,7 +126,7 @@ def consumer(
     warp, lane, reg = along(4, 1, L4, 4), along(32, 2, L4, 4), along(4, 3, L4, 4)
     selector = gl.where(lane % 2 == 0, 0x6420, 0x7531) + 0 * warp
     last = inner // 64 - 1
-    bars = address_of(arena) + (NA * SA + NB * SB + WGS * NE) * SLOT + 0 * threads(128)
+    bars = address_of(arena) + BARS + 0 * threads(128)
     bars_b = bars + 8 * NA
     rank = rank_of(CLUSTER)
     meet(128, CLUSTER)
@@ -159,7 +160,7 @@ def consumer(
             b_at = whereabouts(arena, NA * SA + b * SB, L4)
             acc = mma(acc, packed, b_at, e1, 1, MB, BN, TRANSPOSED, DTYPE)
             give_back(done, CLUSTER)
-            acc = drained(acc, e0 + e1, MB, BN)  # till then metadata stay where they are, too
+            acc = drained(acc, e0 + e1, MB, BN)
             give_back(bars_b + 8 * (NA + NB + b), CLUSTER)
             b, pb = advance(b, pb, NB)
             give_back(bars + 8 * (NA + NB + a), 1)
@@ -252,8 +253,8 @@ def kernel(
     # 0 and 6: the places of the descriptors of `values` and x among the parameters as compiled (test_gluon_aot.py)
     gl.warp_specialize(
         [
-            (consumer, (0, data, HAS_BIAS, KIND, GATED, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, CLUSTER)),
-            (consumer, (1, data, HAS_BIAS, KIND, GATED, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, GROUP, CLUSTER)),
+            (consumer, (0, data, HAS_BIAS, KIND, GATED, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, BARS, GROUP, CLUSTER)),
+            (consumer, (1, data, HAS_BIAS, KIND, GATED, TRANSPOSED, DTYPE, MB, BN, NA, NB, NE, BARS, GROUP, CLUSTER)),
             (bring_packed, (arena, size, 0, GATED, MB, NA, NB, BARS, GROUP, CLUSTER)),
             (bring_x, (arena, size, 6, TRANSPOSED, FIRST, BN, NA, NB, BARS, GROUP, CLUSTER)),
             (bystander, (CLUSTER,)),

@@ -128,7 +128,7 @@ def test_every_kernel_compiles_to_sparse_instructions(compiled):
         assert found["types"] == ["f16" if fp16 else "bf16"], found
         assert not found["warnings"], found  # a warning says that wgmma were serialized
         gated_with_bias = bool(kind) and biased
-        assert found["spills"] <= (128 if gated_with_bias else 0), found  # bytes stored and loaded, behind the sums
+        assert found["spills"] <= (256 if gated_with_bias else 0), found  # bytes stored and loaded, behind the sums
         assert found["shared"] <= SHARED[arch], found
         if module == "gluon_wgmma":  # the arena is first, with the barriers at its end
             assert min(found["barriers"]) == found["arena"] - 8192, found
