@@ -88,6 +88,7 @@ def trials(decay: float, steps: int, refresh_every: int) -> dict[str, Arm]:
         "combined": Arm(fst, later=mvue_off, decay_follows_lr=True),
         "lr-dense-start": Arm({**faster, "sparse_after": steps // 10}),
         "lr-dense-third": Arm({**faster, **third}),
+        "lr-dense-ends": Arm({**faster, **third, "sparse_after": steps // 10, "wgrad": "dense"}),
         "lr-mvue-off-early": Arm({**faster, "wgrad": "dense"}, later={steps // 3: {"wgrad": "mvue"}}),
         "lr-mvue-off-late": Arm(faster, later={steps // 2: {"wgrad": "dense"}}),
         "lr-sparse-end": Arm({**faster, "dense_after": None}),

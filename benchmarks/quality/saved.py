@@ -46,6 +46,7 @@ MEANING = {
     "combined": "decay proportional to the learning rate, and MVUE off late",
     "lr-dense-start": f"`lr_scale` {LR_SCALE:g}, and the first tenth dense",
     "lr-dense-third": f"`lr_scale` {LR_SCALE:g}, and the last third dense",
+    "lr-dense-ends": f"`lr_scale` {LR_SCALE:g}, the first tenth and the last third dense, dense weight gradients",
     "lr-mvue-off-early": f"`lr_scale` {LR_SCALE:g}, and dense weight gradients in the first third",
     "lr-mvue-off-late": f"`lr_scale` {LR_SCALE:g}, and dense weight gradients from the middle on",
     "lr-sparse-end": f"`lr_scale` {LR_SCALE:g}, without the dense end",

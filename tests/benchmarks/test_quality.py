@@ -56,7 +56,8 @@ def test_every_arm_trains_and_the_report_says_what_was_saved(tmp_path: Path, tra
         elif arm == "refresh-grows":
             assert refreshes == (1, 2, 3, 4, 5, 6, 9, 12, 15, 24)  # every 1 to step 5, every 12 from 15 on
         else:
-            begin, end = 3 * (arm == "lr-dense-start"), 20 if "dense-third" in arm else 25
+            begin = 3 * (arm in ("lr-dense-start", "lr-dense-ends"))
+            end = 20 if arm in ("dense-third", "lr-dense-third", "lr-dense-ends") else 25
             assert refreshes == tuple(r for r in to_the_end if begin < r < end), arm
         assert any(rate > 0 for _, rate in result["flips"]), arm
         dense = arm in ("dense", "dense-lr", "dense-short", "half")
