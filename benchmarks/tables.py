@@ -240,16 +240,12 @@ def _problems(rows: list[Row]) -> dict[tuple[int, int, str], dict[str, Row]]:
     return {problem: of for problem, of in problems.items() if "cusparselt" in of and len(of) > 1}
 
 
-#: How the names of Gluon variants end that were measured once and are not in the tree.
-TRIED = "-wait"
-
-
 def gluon(saved: Row) -> str:
     """The fastest variant on all shapes, then with the activation behind it, beside cuSPARSELt's best algorithm."""
     cells: dict[str, list[list[str]]] = {"rows": [], "fused": []}
     for key, found in cells.items():
         for (k, f, kind), of in _problems(saved.get(key, [])).items():
-            ours = (name for name in of if name not in ("dense", "cusparselt") and not name.endswith(TRIED))
+            ours = (name for name in of if name not in ("dense", "cusparselt"))
             best = min(ours, key=lambda name: _p50(of[name]))
             found.append([f"{k} x {f}", kind, f"{_p50(of['cusparselt']):.4f}", f"{_p50(of[best]):.4f}", f"`{best}`"])
             found[-1].append(f"{_p50(of['cusparselt']) / _p50(of[best]):.2f}")

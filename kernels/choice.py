@@ -44,7 +44,7 @@ class Choice:
 
 #: So many of the fastest candidates are timed once more, in turns. Each was timed alone before, at the clock that it
 #: met: on an H200 an algorithm was taken that is 13% slower under load than another (benchmarks/results/h200, forward
-#: of 1024 x 4096: 20 in gluon.json, 17 in gluon_before.json).
+#: of 1024 x 4096: 20 in gluon_waits.json, 17 in gluon_before.json).
 _LAST = 4
 _TURNS, _TURN_MS = 9, 3.0
 _ROWS = 512  # of which the addresses of the metadata are held at once where data is drawn

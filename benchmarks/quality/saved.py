@@ -63,7 +63,11 @@ FST = {
     "lr-dense-wgrad": "FST with `lr_scale` and dense weight gradients",
 }
 #: Arms whose claim is judged.
-JUDGED = {**FST, "lr-dense-start": "FST with `lr_scale` and the first tenth dense"}
+JUDGED = {
+    **FST,
+    "lr-dense-start": "FST with `lr_scale` and the first tenth dense",
+    "lr-dense-ends": "FST with `lr_scale`, the first tenth and the last third dense, and dense weight gradients",
+}
 
 
 Of = tuple[str, str, float]  # family, scale, learning rate: what runs that compare share

@@ -34,7 +34,7 @@ def test_the_report_pairs_runs_by_seed_and_judges_claims_and_order(tmp_path: Pat
     text = reported(module, tmp_path)
     assert "| +0.0080 ± 0.0000 (+0.30 ± 0.14%) |" in text
     assert "the loss of FST is +0.30 ± 0.14% from that of dense: the claim of 0.5% holds" in text
-    row = "| GPT decoder, next token, about 20M parameters | 3.0000 | {} |  |  |  |  | +0.10 ± 0.00 |"
+    row = "| GPT decoder, next token, about 20M parameters | 3.0000 | {} |  |  |  |  |  | +0.10 ± 0.00 |"
     assert row.format("**+0.30 ± 0.14**") in text
     assert "| +0.0006 ± 0.0037 (-0.01 ± 0.13%) | in 1 of 2 seeds |" in text
     assert "dense (+0.0000), half (+0.0030), fst (+0.0080), fst-sparse-end (+0.0300)" in text
@@ -57,7 +57,7 @@ def test_where_the_least_loss_is_known_the_claim_is_of_accuracy(module: Any) -> 
 
     results = {"dense": [run("dense", 0.8)], "fst": [run("fst", 0.798)], "fst-lr": [run("fst-lr", 0.792)]}
     *_, row, _ = module("report").summary({("vit", "small", 5e-4): results, ("vit", "small", 1e-3): results})
-    assert row == "| ViT classifier, about 20M parameters | 0.8000 | **-0.25** | -1.00 |  |  |  |  |"
+    assert row == "| ViT classifier, about 20M parameters | 0.8000 | **-0.25** | -1.00 |  |  |  |  |  |"
 
 
 def test_the_report_says_what_a_mask_search_costs_at_once(module: Any) -> None:
