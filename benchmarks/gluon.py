@@ -483,7 +483,7 @@ def main() -> None:
 
     until = began + args.seconds - 12  # what one problem takes
     if major == 9:
-        timing_fused([["swiglu", k, 2 * f] for k, f in (*FIRST, SHAPES[0])])
+        timing_fused([*(["swiglu", k, 2 * f] for k, f in (*FIRST, SHAPES[0])), ["geglu", 1024, 8192]])
     if parts:
         timing("ablations", [*(n for n in ABLATED if n in right), *parts], problems[:2])
     timing("rows", right, problems)

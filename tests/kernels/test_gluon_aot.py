@@ -23,6 +23,8 @@ def cases():
         (1, True, True, ""),
         (2, False, False, "swiglu"),
         (2, False, True, "swiglu"),
+        (2, False, False, "geglu"),
+        (2, False, True, "geglu_tanh"),
         (2, True, True, ""),
     ):
         yield "gluon_wgmma", 90, variant, transposed, transposed, biased, kind
@@ -123,12 +125,11 @@ def test_every_kernel_compiles_to_sparse_instructions(compiled):
     """One test, so that one worker compiles."""
     assert [tuple(found["case"]) for found in compiled] == list(cases())
     for found in compiled:
-        module, arch, _, _, fp16, biased, kind = found["case"]
+        module, arch, _, _, fp16, *_ = found["case"]
         assert found["instructions"] == found["expected"], found
         assert found["types"] == ["f16" if fp16 else "bf16"], found
         assert not found["warnings"], found  # a warning says that wgmma were serialized
-        gated_with_bias = bool(kind) and biased
-        assert found["spills"] <= (256 if gated_with_bias else 0), found  # bytes stored and loaded, behind the sums
+        assert not found["spills"], found  # bytes
         assert found["shared"] <= SHARED[arch], found
         if module == "gluon_wgmma":  # the arena is first, with the barriers at its end
             assert min(found["barriers"]) == found["arena"] - 8192, found
