@@ -105,7 +105,7 @@ def summary(found: dict[Of, Results]) -> list[str]:
         "lr-dense-start": "and a dense start",
         "lr-mixed-wgrad": "and MVUE in up alone",
         "lr-dense-wgrad": "and no MVUE",
-        "lr-dense-ends": "and a dense start and last third",
+        "lr-dense-ends": "and no MVUE, dense start and last third",
         "half": "dense, half the width",
     }
     lines = [
