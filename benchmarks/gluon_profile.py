@@ -1,6 +1,8 @@
-"""Two launches of each Gluon variant for Hopper, on the first shape of gluon.py, for a profiler to look at the second:
+"""Launch each Gluon variant for Hopper twice on the first shape of gluon.py, for a profiler:
 
-ncu --set full --clock-control none --kernel-name regex:^kernel$ python benchmarks/gluon_profile.py
+    ncu --set full --clock-control none --kernel-name regex:^kernel$ python benchmarks/gluon_profile.py
+
+The first launch of each is the one that is compiled for; the second one counts.
 """
 
 import argparse
