@@ -1,6 +1,7 @@
 """When the Gluon kernels are used, and when they step aside: without a GPU, with stand-ins for the kernels."""
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -161,13 +162,35 @@ def test_a_fused_kernel_that_fails_gives_way_to_two(monkeypatch, caplog, bias):
     assert "variant 3: no" in caplog.text
 
 
-@pytest.mark.parametrize(("rows", "kind", "expected"), [(256, "gelu", []), (256, "swiglu", [2]), (320, "swiglu", [])])
+@pytest.mark.parametrize(
+    ("rows", "kind", "expected"),
+    [(256, "gelu", []), (256, "swiglu", [2]), (256, "geglu", [2]), (256, "reglu", []), (320, "swiglu", [])],
+)
 def test_gated_kinds_are_fused_by_tiles_that_hold_both_halves(monkeypatch, rows, kind, expected):
     monkeypatch.setattr(layout, "arch", lambda device: "sm_90")
     kernels = gluon_matmul._kernels(GPU)
     if isinstance(kernels, str):
         pytest.skip(kernels)
     assert gluon_matmul.fusing(GPU, rows, kind) == expected
+
+
+def test_the_polynomial_of_gelu_is_the_logarithm_of_the_normal_tail():
+    """So GELU in fp32 is off by less than a rounding to fp16 or bf16, and vanishes behind the fitted range."""
+    coefficients = pytest.importorskip("sparse24.kernels.gluon_wgmma_kernel", exc_type=ImportError).TAIL.value
+
+    def tail_log2(z):
+        p = torch.full_like(z, coefficients[0])
+        for coefficient in coefficients[1:]:
+            p = p * z.abs() + coefficient
+        return p
+
+    z = torch.linspace(-6, 6, 100_001)
+    exact = torch.special.log_ndtr(-z.abs().double()) / math.log(2)
+    assert (tail_log2(z) - exact).abs().max() < 1e-5
+    gelu, twin = z.clamp(min=0) - z.abs() * tail_log2(z).exp2(), torch.nn.functional.gelu(z.double())
+    assert ((gelu - twin).abs() <= 1e-5 * twin.abs()).all()
+    far = torch.tensor([6.0, 8.0, 30.0, 1e3, 1e38])
+    assert (tail_log2(far).diff() < 0).all() and (far * tail_log2(far).exp2() < 1e-8).all()
 
 
 def test_with_the_switch_one_op_gives_a_product_and_its_activation(monkeypatch):
