@@ -68,7 +68,7 @@ def compile_all(folder):
                 {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
             ),
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": warps},
+            options={"num_warps": warps, "enable_fp_fusion": False},
         )
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(compiled.asm["ptx"])
