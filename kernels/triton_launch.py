@@ -43,22 +43,20 @@ def launch(
     key = kernel.fn, device, cluster, found
     with layout.on(device):
         known = _compiled.get(key)
-        if known is not None:
-            compiled, last = known
-            three = (*grid, 1, 1)
-            compiled[three](*args, *last)
-            return
-        hash_callees_first(kernel.fn.__module__)
-        ahead.wait()
-        last = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        if cluster == 1:
-            compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)
-        else:
+        if known is None:
+            hash_callees_first(kernel.fn.__module__)
+            ahead.wait()
+            last = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+            if cluster == 1:  # compiles and runs
+                compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)
+                if compiled is not None:  # None: the interpreter compiles nothing
+                    _compiled[key] = compiled, last
+                return
             compiled = _clustered(kernel.warmup(*args, grid=grid, **constants, enable_fp_fusion=False), cluster)
-            three = (*grid, 1, 1)
-            compiled[three](*args, *last)
-    if compiled is not None:  # None: the interpreter compiles nothing
-        _compiled[key] = compiled, last
+            known = _compiled[key] = compiled, last
+        compiled, last = known
+        three = (*grid, 1, 1)
+        compiled[three](*args, *last)
 
 
 def _clustered(compiled: Any, cluster: int) -> Any:
