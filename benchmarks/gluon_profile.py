@@ -2,7 +2,7 @@
 
     ncu --set full --clock-control none --kernel-name regex:^kernel$ python benchmarks/gluon_profile.py
 
-The first launch of each warms the caches up; the second one counts. Not run under ncu so far.
+The first launch of each warms the caches up; the second one counts.
 """
 
 import argparse

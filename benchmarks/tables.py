@@ -195,6 +195,21 @@ def matmuls(saved: Row) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
+def gluon_matmuls(saved: Row) -> str:
+    """gemm.py with the Gluon kernels among the candidates: what was chosen, and the fastest of them."""
+    products: dict[tuple[int, int, str], dict[str, Row]] = {}
+    for row in saved["rows"]:
+        products.setdefault((row["k"], row["f"], row["matmul"]), {})[row["with"].split()[0]] = row
+    cells = []
+    for (k, f, matmul), of in products.items():
+        chosen = of["sparse24"]
+        cells.append([f"{k} x {f}", matmul, f"{chosen['provider']} {chosen['algorithm']}"])
+        cells[-1] += [f"{_p50(of[way]):.4f}" for way in ("dense", "sparse24", "gluon")]
+        cells[-1] += [f"{chosen['ratio']:.2f}", f"{p50(chosen['host_us']):.0f}"]
+    header = "in x out | matmul | chosen | dense, ms | sparse24, ms | fastest Gluon kernel, ms | over dense | host, us"
+    return markdown(header, cells) + made_by(saved["environment"])
+
+
 def ffn(*files: Row) -> str:
     """Forward and backward of one feed-forward layer over its width."""
     cells = []
@@ -347,6 +362,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gluon": _of("gluon", gluon),
     "gluon_backward": _of("gluon", gluon_backward, "gluon_backward.json"),
     "gluon_steps": _of("step", steps, "gluon_step.json"),
+    "gluon_matmuls": _of("gemm", gluon_matmuls, "gluon_gemm.json"),
     "gluon_variants": _of("gluon", gluon_variants, "gluon_variants.json", " --ablations"),
     "families": _of("models", families, "models*.json"),
 }

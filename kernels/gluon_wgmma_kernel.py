@@ -119,10 +119,7 @@ def store(to, slots, block, m0, n0, i: gl.constexpr, NE: gl.constexpr, TRANSPOSE
 def store_gated(
     written, slots, z, up, bias, corner, s: gl.constexpr, NE: gl.constexpr, HAS_BIAS: gl.constexpr, KIND: gl.constexpr
 ):
-    """Block s of the gate, that of the other half, `half` features behind it, and of h.
-
-    It ran on a GPU before it went block by block; since then it was compiled only.
-    """
+    """Block s of the gate, that of the other half, `half` features behind it, and of h."""
     y, h = written
     row, half, m0, n0 = corner
     z, up = z.to(y.dtype), up.to(y.dtype)

@@ -1,10 +1,10 @@
-"""What docs/results.md says of the loss, and its curves, from the saved results of run.py.
+"""What docs/results.md and the README say of the loss, and its curves, from the saved results of run.py.
 
     python benchmarks/quality/report.py
 
 For each family and scale: the loss of every arm on held-out data at the end of training, against dense of the same
 seed; whether the claims and the order of the ablations hold; the trials; curves of that loss over steps and, of runs
-that had their GPU to themselves, over time; flip rates; the search of lambda.
+that had their GPU to themselves, over time; flip rates; the search of lambda. The README has its first table.
 """
 
 import argparse
@@ -38,7 +38,9 @@ from saved import (
 )
 
 ROOT = Path(__file__).parents[2]
+DOCUMENT, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 BEGIN, END = "<!-- made by benchmarks/quality/report.py -->", "<!-- end -->"
+BEGIN_SUMMARY = BEGIN.replace(" -->", ": summary -->")
 
 
 def table(results: Results) -> str:
@@ -110,7 +112,7 @@ def summary(found: dict[Of, Results]) -> list[str]:
     }
     lines = [
         "Held-out loss at equal steps, percent over dense's; of the ViT and the translation, whose least loss is",
-        f"reached, the accuracy. Bold: FST within the claim of {100 * CLAIM:g}%.",
+        f"reached, the accuracy. Bold: FST within the claim of {100 * CLAIM:g}%. Without ±: one seed.",
         "",
         f"| | dense | {' | '.join(columns.values())} |",
         "|---" * (len(columns) + 2) + "|",
@@ -147,10 +149,26 @@ def facts(results: Results) -> str:
     return text + f"{' and '.join(devices)}, torch {where['torch']}, {where['date']}."
 
 
+def write(page: Path, begin: str, lines: Sequence[str]) -> None:
+    """Put lines between `begin` and END of a page, or make the page of them. Raises SystemExit without `begin`."""
+    text = f"{begin}\n{chr(10).join(lines).rstrip()}\n{END}\n"
+    if page.exists():
+        before, found, rest = page.read_text().partition(f"{begin}\n")
+        if not found:
+            raise SystemExit(f"found no line {begin} in {page}, need one, and {END}: what is between is replaced")
+        text = before + text + rest.partition(f"{END}\n")[2]
+    with tempfile.NamedTemporaryFile("w", dir=page.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, page)
+    page.chmod(0o644)
+    print(f"wrote {page}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="folder of run.py")
-    p.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md", help="page to write into")
+    p.add_argument("--document", type=Path, default=DOCUMENT, help="page to write into")
+    p.add_argument("--readme", type=Path, help="page for the first table (default: README.md, of --document's default)")
     args = p.parse_args(argv)
     found = load(args.results)
     pictures = args.results / "curves"
@@ -199,20 +217,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     draw(drawn, picture, x, label)
                 lines.append(image(said, picture, args.document))
         lines += ["", *searched(args.results, kind(family, scale, lr), pictures, args.document)]
-    text = f"{BEGIN}\n{chr(10).join(lines).rstrip()}\n{END}\n"
-    if args.document.exists():
-        page = args.document.read_text()
-        if BEGIN not in page:
-            raise SystemExit(
-                f"found no line {BEGIN} in {args.document}, need one, and {END}: what is between is replaced"
-            )
-        before, _, rest = page.partition(f"{BEGIN}\n")
-        text = before + text + rest.partition(f"{END}\n")[2]
-    with tempfile.NamedTemporaryFile("w", dir=args.document.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, args.document)
-    args.document.chmod(0o644)
-    print(f"wrote {args.document}")
+    write(args.document, BEGIN, lines)
+    if args.readme or args.document == DOCUMENT:
+        write(args.readme or README, BEGIN_SUMMARY, summary(found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What benchmarks/quality/report.py says of made-up results."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ def saved(folder: Path, arm: str, seed: int, loss: float, seconds: float, **sett
     run = {"data": {"name": "text"}, "parameters": 1, "error": None, "seconds": seconds, "losses": [[steps, loss]]}
     run |= {"settings": settings, "held_out": held_out, "flips": [], "environment": {"torch": "2", "date": "today"}}
     (folder / f"gpt_small_{settings['lr']:g}_{seed}_{arm}.json").write_text(json.dumps(run))
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def reported(module: Any, folder: Path) -> str:
@@ -144,3 +149,25 @@ def test_shared_runs_have_no_times_in_the_report(tmp_path: Path, module: Any) ->
         saved(tmp_path, arm, 0, 2.0, 77.0)
     text = reported(module, tmp_path)
     assert "gpt_small_time.svg" in text and "equal time" in text and "| 77 |" in text
+
+
+def test_the_pages_say_of_the_saved_runs_what_the_report_does(
+    tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    report, curves = module("report"), Path("benchmarks", "results", "quality", "curves")
+    for draw in ("draw", "draw_flips"):
+        monkeypatch.setattr(report, draw, lambda results, picture, *more: picture.write_text("<svg"))
+    shutil.copytree(ROOT / curves.parent, tmp_path / curves.parent)
+    (tmp_path / "docs").mkdir()
+    pages = {"docs/results.md": report.BEGIN, "README.md": report.BEGIN_SUMMARY}
+    for name, begin in pages.items():
+        before, after = (ROOT / name).read_text().split(f"{begin}\n")
+        (tmp_path / name).write_text(f"{before}{begin}\n| stale |\n" + after[after.index(report.END) :])
+    results, *targets = (str(tmp_path / name) for name in (curves.parent, *pages))
+    report.main(["--results", results, "--document", targets[0], "--readme", targets[1]])
+    for name in pages:
+        made = (tmp_path / name).read_text()
+        assert made == (ROOT / name).read_text() and "stale" not in made, name
+    pictures = re.findall(r"\(\.\./(\S+/curves/\S+\.svg)\)", (ROOT / "docs" / "results.md").read_text())
+    assert pictures and all((ROOT / picture).exists() for picture in pictures)
