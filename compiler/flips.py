@@ -26,11 +26,11 @@ class FlipWatch:
     """The explosion rule on one run's flip rates, m being the mean rate of the last `WINDOW` refreshes:
 
     growing      m is over 1.5 times the mean of the `WINDOW` refreshes before, and the learning rate did not rise since
-    stays high   the learning rate is below half the highest seen, and m is over 0.7 times the highest m seen
+    stays high   the mean learning rate there is below half the highest, and m is over 0.7 times the highest m seen
 
     A healthy rate falls about as the learning rate does. Of the runs in benchmarks/results/quality, dense ones among
-    them, one is called an explosion: STE, without any decay, on the translation. There m was 0.74 of its highest when
-    the learning rate had come down to half, and the loss ended at ten times dense's; in the others it was at most 0.70.
+    them, one is called an explosion: STE, without any decay, on the translation. There m was 0.72 of its highest when
+    the learning rate had come down to half, and the loss ended at ten times dense's; in the others it was at most 0.65.
     Nothing is said where m < `NEGLIGIBLE`, and each of the two once a run; a resumed run, and one whose refresh
     interval changes, is watched anew.
     """
@@ -60,11 +60,12 @@ class FlipWatch:
                 f"it grew from {before:.4f} to {mean:.4f} (means of {WINDOW} refreshes) while the learning rate did "
                 "not rise",
             )
-        if lr < 0.5 * self._highest_lr and mean > 0.7 * self._highest:
+        mean_lr = sum(lr for _, lr in self._seen[WINDOW:]) / WINDOW
+        if mean_lr < 0.5 * self._highest_lr and mean > 0.7 * self._highest:
             return self._once(
                 "high",
-                f"it is {mean:.4f} (mean of {WINDOW} refreshes), near its highest of {self._highest:.4f}, though the "
-                f"learning rate fell from {self._highest_lr:g} to {lr:g}",
+                f"it is {mean:.4f} (mean of {WINDOW} refreshes), near its highest of {self._highest:.4f}, though their "
+                f"mean learning rate, {mean_lr:g}, is below half the highest, {self._highest_lr:g}",
             )
         return None
 

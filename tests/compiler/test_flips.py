@@ -116,6 +116,12 @@ def test_staying_high_while_the_learning_rate_falls_is_said_once() -> None:
     assert observe(rates, [1.0] * 30) == []
 
 
+def test_a_rate_that_falls_in_few_refreshes_is_healthy() -> None:
+    """A mean over refreshes lags behind the learning rate of the last one, most in a short schedule."""
+    lrs = [1 - i / 24 for i in range(24)]
+    assert observe([0.1 * lr**0.6 for lr in lrs], lrs) == []
+
+
 def test_rates_over_different_numbers_of_steps_are_not_compared() -> None:
     watch = FlipWatch()
     said = [watch.observe(rate, 1.0, every) for rate, every in [(0.02, 10)] * 2 * WINDOW + [(0.08, 40)] * 2 * WINDOW]
