@@ -202,6 +202,8 @@ def gluon_matmuls(saved: Row) -> str:
         products.setdefault((row["k"], row["f"], row["matmul"]), {})[row["with"].split()[0]] = row
     cells = []
     for (k, f, matmul), of in products.items():
+        if "gluon" not in of:  # no variant of them was right
+            continue
         chosen = of["sparse24"]
         cells.append([f"{k} x {f}", matmul, f"{chosen['provider']} {chosen['algorithm']}"])
         cells[-1] += [f"{_p50(of[way]):.4f}" for way in ("dense", "sparse24", "gluon")]
