@@ -50,8 +50,9 @@ def code() -> str:
 
 
 def command() -> str:
-    """As given in the repository's folder, wherever that is."""
-    return " ".join(["python", sys.argv[0].removeprefix(f"{RESULTS.parents[1]}/"), *sys.argv[1:]])
+    """As given in the repository's folder, wherever that is, with the variable that adds kernels."""
+    switch = [f"SPARSE24_GLUON={value}"] if (value := os.environ.get("SPARSE24_GLUON")) else []
+    return " ".join([*switch, "python", sys.argv[0].removeprefix(f"{RESULTS.parents[1]}/"), *sys.argv[1:]])
 
 
 def environment() -> dict[str, Any]:

@@ -195,23 +195,6 @@ def matmuls(saved: Row) -> str:
     return markdown(header, cells) + made_by(saved["environment"])
 
 
-def gluon_matmuls(saved: Row) -> str:
-    """gemm.py with the Gluon kernels among the candidates: what was chosen, and the fastest of them."""
-    products: dict[tuple[int, int, str], dict[str, Row]] = {}
-    for row in saved["rows"]:
-        products.setdefault((row["k"], row["f"], row["matmul"]), {})[row["with"].split()[0]] = row
-    cells = []
-    for (k, f, matmul), of in products.items():
-        if "gluon" not in of:  # no variant of them was right
-            continue
-        chosen = of["sparse24"]
-        cells.append([f"{k} x {f}", matmul, f"{chosen['provider']} {chosen['algorithm']}"])
-        cells[-1] += [f"{_p50(of[way]):.4f}" for way in ("dense", "sparse24", "gluon")]
-        cells[-1] += [f"{chosen['ratio']:.2f}", f"{p50(chosen['host_us']):.0f}"]
-    header = "in x out | matmul | chosen | dense, ms | sparse24, ms | fastest Gluon kernel, ms | over dense | host, us"
-    return markdown(header, cells) + made_by(saved["environment"])
-
-
 def ffn(*files: Row) -> str:
     """Forward and backward of one feed-forward layer over its width."""
     cells = []
@@ -249,12 +232,12 @@ def _p50(row: Row) -> float:
     return float(row["ms"]["p50"])
 
 
-def _problems(rows: list[Row]) -> dict[tuple[int, int, str], dict[str, Row]]:
-    """The rows of each product that cuSPARSELt took part in, by who multiplied."""
+def _problems(rows: list[Row], needed: str = "cusparselt") -> dict[tuple[int, int, str], dict[str, Row]]:
+    """The rows of each product that `needed` took part in, by who multiplied, without the number of its algorithm."""
     problems: dict[tuple[int, int, str], dict[str, Row]] = {}
     for row in rows:
-        problems.setdefault((row["k"], row["f"], row.get("matmul", row.get("kind"))), {})[row["with"]] = row
-    return {problem: of for problem, of in problems.items() if "cusparselt" in of and len(of) > 1}
+        problems.setdefault((row["k"], row["f"], row.get("matmul", row.get("kind"))), {})[row["with"].split()[0]] = row
+    return {problem: of for problem, of in problems.items() if needed in of and len(of) > 1}
 
 
 def gluon(saved: Row) -> str:
@@ -276,6 +259,36 @@ def gluon(saved: Row) -> str:
         header = "in x out | activation | cuSPARSELt and a second kernel, ms | one kernel, ms | which | of their speed"
         made += "\n" + markdown(header, cells["fused"])
     return made + made_by(saved["environment"])
+
+
+def gluon_matmuls(saved: Row) -> str:
+    """gemm.py with the Gluon kernels among the candidates: what was chosen, and the fastest right one of them."""
+    cells = []
+    for (k, f, matmul), of in _problems(saved["rows"], "gluon").items():
+        chosen = of["sparse24"]
+        cells.append([f"{k} x {f}", matmul, f"{chosen['provider']} {chosen['algorithm']}"])
+        cells[-1] += [f"{_p50(of[way]):.4f}" for way in ("dense", "sparse24", "gluon")]
+        cells[-1] += [f"{chosen['ratio']:.2f}", f"{p50(chosen['host_us']):.0f}"]
+    header = "in x out | matmul | chosen | dense, ms | sparse24, ms | fastest Gluon kernel, ms | over dense | host, us"
+    return markdown(header, cells) + made_by(saved["environment"])
+
+
+def gluon_profile(results: Path) -> str:
+    """What ncu says of the variants that gluon_profile.py launches."""
+    metrics = ("Elapsed Cycles", "SM Frequency", "SM Busy", "L2 Cache Throughput", "L1/TEX Cache Throughput")
+    made = []
+    for path in sorted(results.glob("*/ncu_gluon.txt")):
+        head, *variants = path.read_text().split("\nvariant ")
+        command, where = head.splitlines()[:2]
+        cells = []
+        for text in variants:
+            first = [re.search(rf"{re.escape(metric)} +\S+ +([\d.,]+)", text) for metric in metrics]
+            clocks, ghz, *busy = (float(found[1].replace(",", "")) for found in first if found)
+            cells.append([f"`{text.partition(':')[0]}`", f"{clocks / 1e6:.2f}", f"{ghz:.2f}"])
+            cells[-1] += [f"{percent:.0f}%" for percent in busy]
+        header = "variant | million clocks | GHz | tensor cores busy | L2 | shared memory"
+        made.append(f"{markdown(header, cells)}\n{where}\n\nMade by `{command}`.\n")
+    return "\n".join(made) or "No saved results yet.\n"
 
 
 def gluon_backward(saved: Row) -> str:
@@ -362,6 +375,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "memory": _of("memory", memory),
     "compile_time": _of("compile_time", compile_time),
     "gluon": _of("gluon", gluon),
+    "gluon_profile": gluon_profile,
     "gluon_backward": _of("gluon", gluon_backward, "gluon_backward.json"),
     "gluon_steps": _of("step", steps, "gluon_step.json"),
     "gluon_matmuls": _of("gemm", gluon_matmuls, "gluon_gemm.json"),

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+
 
 def saved(folder: Path, arm: str, seed: int, loss: float, seconds: float, **settings: Any) -> None:
     """A result as run.py writes it, with made-up numbers."""
@@ -18,9 +20,6 @@ def saved(folder: Path, arm: str, seed: int, loss: float, seconds: float, **sett
     run = {"data": {"name": "text"}, "parameters": 1, "error": None, "seconds": seconds, "losses": [[steps, loss]]}
     run |= {"settings": settings, "held_out": held_out, "flips": [], "environment": {"torch": "2", "date": "today"}}
     (folder / f"gpt_small_{settings['lr']:g}_{seed}_{arm}.json").write_text(json.dumps(run))
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def reported(module: Any, folder: Path) -> str:

@@ -222,3 +222,14 @@ def test_memory_and_compile_time_of_each_kind(tmp_path):
         assert [line.split(" | ")[1] for line in lines if line.startswith("| tiny")] == kinds
     parts = rows[1]["parts"]
     assert not rows[0]["parts"] and 0 < parts["compiler behind"] < rows[1]["first_step_s"]
+
+
+def test_a_result_names_the_variable_that_added_kernels(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from common import command
+
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "gemm.py"), "--tiny"])
+    monkeypatch.delenv("SPARSE24_GLUON", raising=False)
+    assert command() == "python benchmarks/gemm.py --tiny"
+    monkeypatch.setenv("SPARSE24_GLUON", "1")
+    assert command() == "SPARSE24_GLUON=1 python benchmarks/gemm.py --tiny"
